@@ -1,0 +1,209 @@
+"""One row per setting: the fields of these dataclasses are the rows, and the only place where a default is written.
+
+The parser, the command line, `vllmd check`, the man page, the example file and the JSON schema are made from them.
+A row's YAML key is `<section>.<field>` (its section is the attribute of `Config`). Values are parsed at the door
+(config/layers.py) by the row's parser and never checked again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any
+
+from vllmd.config import parsers as p
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What a row says besides its default.
+
+    `parse` takes what YAML or the environment gave and returns the typed value, or raises ValueError with a reason.
+    `env` is the environment name; `aliases` maps other accepted names to a function that turns their text into this
+    setting's. `unit` is for people ('s', 'MiB', '%'). `restart` says whether a change needs a restart of the instance.
+    """
+
+    parse: Callable[[object], Any]
+    env: str
+    help: str
+    unit: str = ""
+    aliases: Mapping[str, Callable[[str], str]] = field(default_factory=dict)
+    restart: bool = True
+    secret: bool = False
+
+
+def setting(
+    default: Any,
+    parse: Callable[[object], Any],
+    env: str,
+    help: str,  # noqa: A002 - the field's standard term, as in argparse
+    **more: Any,
+) -> Any:
+    return field(default=default, metadata={"setting": Setting(parse=parse, env=env, help=help, **more)})
+
+
+def _same(text: str) -> str:
+    return text
+
+
+def _gib_to_mib(text: str) -> str:
+    return str(int(float(text) * 1024))
+
+
+SOURCES = ("bundled", "local", "hf-cache", "r2", "hf-hub")
+"""Default order of lookup; `flox` and `s3` are accepted as other names of bundled and r2."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Which model, and where it may come from. A plain `model: X` in YAML is an id, or a directory if it has a /  ./ in front."""
+
+    name: str = setting("", p.model_name, "VLLM_MODEL", "The model's short name; empty with no id: no model selected.")
+    org: str = setting("", p.model_name, "VLLM_MODEL_ORG", "The organisation; with the name it makes the id.")
+    id: str = setting("", p.model_id, "VLLM_MODEL_ID", "The model's full id, ORG/NAME.")
+    revision: str = setting("", p.revision, "VLLM_MODEL_REVISION", "Revision (branch, tag or commit); part of the identity.")
+    path: str = setting("", p.absolute_path, "VLLMD_MODEL_PATH", "A directory of your own that holds the model, used in place, read-only.")
+    sources: tuple[str, ...] = setting(SOURCES, p.sources, "VLLM_MODEL_SOURCES", "Sources in order of lookup; the first hit wins.")
+    dir: str = setting("", p.absolute_path, "VLLM_MODELS_DIR", "The model store; empty: models/ in vllmd's state directory.")
+    env_file: str = setting("", p.absolute_path, "VLLM_MODEL_ENV_FILE", "Where vllm-resolve-model writes, and vllm-serve reads, the resolved model.")
+    env_file_trusted: bool = setting(
+        False, p.boolean, "VLLM_ENV_FILE_TRUSTED", "Let a shell read the env file (it must belong to root or the caller, and be writable by nobody else)."
+    )
+    lock_timeout_s: float = setting(300.0, p.number(low=0), "VLLM_RESOLVE_LOCK_TIMEOUT", "How long to wait for another resolution of the same model.", unit="s")
+    skip_tokenizer_check: bool = setting(False, p.boolean, "VLLM_SKIP_TOKENIZER_CHECK", "Accept a model without tokenizer files.")
+    skip_integrity_check: bool = setting(False, p.boolean, "VLLM_SKIP_INTEGRITY_CHECK", "Skip the integrity checks of weights (headers, sizes, sums).")
+    cache_integrity_hash: bool = setting(False, p.boolean, "VLLM_CACHE_INTEGRITY_HASH", "Remember sums that were checked, by modification time and size.")
+    verify: str = setting("headers", p.choice("headers", "sha256"), "VLLMD_VERIFY", "What must be verified before READY: the headers, or every byte against the manifest.")
+    keep_logs: bool = setting(False, p.boolean, "VLLM_KEEP_LOGS", "Keep logs of fetches that succeeded.")
+    source_timeout_s: float = setting(3600.0, p.number(low=0), "VLLMD_SOURCE_TIMEOUT_S", "How long the sources are retried within one start.", unit="s")
+    r2_bucket: str = setting("", p.text, "R2_BUCKET", "Bucket of the r2 source (any S3-compatible store).")
+    r2_models_prefix: str = setting("", p.text, "R2_MODELS_PREFIX", "Key prefix under which models lie in the bucket.")
+    r2_endpoint_url: str = setting("", p.text, "R2_ENDPOINT_URL", "Endpoint of the store.")
+    r2_object_prefix: str = setting("", p.text, "R2_MODEL_OBJECT_PREFIX", "Whole key prefix of this model; replaces prefix and name.")
+    hf_token: str = setting("", p.text, "HF_TOKEN", "Token for gated models on the hub.", secret=True)
+    flox_env: str = setting("", p.absolute_path, "FLOX_ENV", "Flox environment; its share/models is a bundled source.")
+    flox_env_cache: str = setting("", p.absolute_path, "FLOX_ENV_CACHE", "Flox cache directory; where the env file is derived.")
+    flox_env_project: str = setting("", p.absolute_path, "FLOX_ENV_PROJECT", "Flox project directory; where vllm-serve looks for config.yaml.")
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    """Where and under which name the model is served: true for every engine."""
+
+    host: str = setting("127.0.0.1", p.host, "VLLM_HOST", "Address or host name to serve on.")
+    port: int = setting(8000, p.integer(low=1, high=65535), "VLLM_PORT", "TCP port to serve on.")
+    listen: str = setting("tcp", p.choice("tcp", "uds"), "VLLMD_LISTEN", "Serve on TCP, or on a unix socket in the runtime directory (sock/NAME.sock).")
+    served_model_name: str = setting("", p.one_line, "VLLM_SERVED_MODEL_NAME", "Name that clients use; empty: the model's name.")
+    task: str = setting(
+        "auto", p.choice("auto", "generate", "embed", "score", "transcribe", "none"), "VLLMD_TASK", "What the model is for; decides the proof of life before READY."
+    )
+    api_key: str = setting("", p.one_line, "VLLM_API_KEY", "Key that clients must send (better: a systemd credential named api-key).", secret=True)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice:
+    """Which engine, and what is passed to it as it is."""
+
+    name: str = setting("vllm", p.word, "VLLMD_ENGINE", "The engine plug-in.")
+    executable: str = setting("", p.absolute_path, "VLLMD_ENGINE_EXECUTABLE", "The engine's program; empty: the one `vllmctl engine` chose, else vllm on PATH.")
+    args: Mapping[str, Any] = setting(p.EMPTY, p.mapping, "VLLMD_ENGINE_ARGS", "Flags for the engine: true is --x, false --no-x, a list repeats, a mapping is JSON.")
+    env: Mapping[str, str] = setting(p.EMPTY, p.env_mapping, "VLLMD_ENGINE_ENV", "Environment variables for the engine.")
+    config_file: str = setting("", p.absolute_path, "VLLM_CONFIG_FILE", "YAML file for the engine's own --config.")
+    strict_flags: bool = setting(True, p.boolean, "VLLM_STRICT_FLAGS", "Whether a flag that vllmd owns is an error elsewhere; false: a warning, and vllmd's wins.")
+    logging_level: str = setting("", p.choice("", "DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"), "VLLM_LOGGING_LEVEL", "The engine's log level; empty: INFO.")
+
+
+@dataclass(frozen=True, slots=True)
+class Preflight:
+    """Checks before anything heavy happens."""
+
+    owner_regex: str = setting("", p.regex, "VLLM_OWNER_REGEX", "Python regular expression for 'this listener is a vLLM', on command line or executable.")
+    process_signatures: tuple[str, ...] = setting((), p.listing, "VLLM_PROCESS_SIGNATURES", "More substrings for the owner test.")
+    dry_run: bool = setting(False, p.boolean01, "VLLM_DRY_RUN", "Say what would be stopped, and stop nothing.")
+    gpu_warn_pct: float = setting(50.0, p.number(low=0, high=100), "VLLM_GPU_WARN_PCT", "Warn when more of a GPU's memory than this is in use.", unit="%")
+    gpu_fail_on: tuple[str, ...] = setting(
+        (), p.subset("temperature", "memory", "utilization"), "VLLM_GPU_FAIL_ON", "Which thresholds refuse the start: temperature, memory, utilization."
+    )
+    gpu_min_free: str = setting(
+        "auto", p.mib_or_auto, "VLLMD_GPU_MIN_FREE", "Free memory each GPU needs: MiB, or auto (what the engine will ask for).", unit="MiB", aliases={"VLLM_MIN_FREE_GPU_GB": _gib_to_mib}
+    )
+    max_gpu_temp_c: float = setting(85.0, p.number(low=1), "VLLM_MAX_GPU_TEMP_C", "Highest temperature of a GPU at start.", unit="°C")
+    max_gpu_util_pct: float = setting(95.0, p.number(low=0, high=100), "VLLM_MAX_GPU_UTIL_PCT", "Highest utilization of a GPU at start.", unit="%")
+    skip_gpu_check: bool = setting(False, p.boolean01, "VLLM_SKIP_GPU_CHECK", "Skip the GPU check.")
+    require_torch: bool = setting(False, p.boolean01, "VLLM_REQUIRE_TORCH", "Require that the engine's Python imports torch and sees CUDA.")
+    gpu_timeout_s: float = setting(45.0, p.number(low=1), "VLLMD_GPU_TIMEOUT_S", "Deadline of the GPU check; a wedged driver can block for ever.", unit="s")
+    allow_kill_other_uid: bool = setting(
+        False, p.boolean01, "VLLM_ALLOW_KILL_OTHER_UID", "Let vllm-preflight stop another user's vLLM.", aliases={"VLLM_ALLOW_OTHER_UID_KILL": _same}
+    )
+    reclaim: str = setting("own", p.choice("own", "stray"), "VLLMD_RECLAIM", "Whom `vllmd run` may end: leftovers of its own instance, or also strays of its user in no unit.")
+    lock_file: str = setting("", p.absolute_path, "VLLM_PREFLIGHT_LOCKFILE", "Lock file of the port; empty: preflight.PORT.lock in the runtime directory.")
+    term_grace_s: float = setting(3.0, p.number(low=0), "VLLM_TERM_GRACE", "Time between SIGTERM and SIGKILL of what holds the port.", unit="s", aliases={"VLLM_STOP_TIMEOUT": _same})
+    port_free_timeout_s: float = setting(10.0, p.number(low=0), "VLLM_PORT_FREE_TIMEOUT", "How long the port may take to become free after that.", unit="s")
+    port_free_poll_s: float = setting(0.5, p.number(above=0), "VLLM_PORT_FREE_POLL", "Interval of looking whether it is free.", unit="s")
+    json: bool = setting(False, p.boolean01, "VLLM_PREFLIGHT_JSON", "Print the report as one line of JSON.")
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """When a start has failed, and when it has succeeded."""
+
+    stall_timeout_s: float = setting(600.0, p.number(above=0), "VLLMD_STALL_TIMEOUT_S", "A start without progress for this long has failed.", unit="s")
+    start_timeout_s: float = setting(2100.0, p.number(above=0), "VLLMD_START_TIMEOUT_S", "A start longer than this, from spawn to ready, has failed whatever moves.", unit="s")
+    proof: str = setting("full", p.choice("full", "health"), "VLLMD_PROOF", "Proof of life before READY: a real request of the model's task, or /health alone.")
+    proof_timeout_s: float = setting(300.0, p.number(above=0), "VLLMD_PROOF_TIMEOUT_S", "Deadline of one request of the proof of life (the first may compile).", unit="s")
+    probe_interval_s: float = setting(0.05, p.number(above=0), "VLLMD_PROBE_INTERVAL_S", "Interval of asking /health while starting.", unit="s")
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """How long a stop may take: shutdown_timeout_s + 10 s, then everything is killed."""
+
+    shutdown_timeout_s: float = setting(30.0, p.number(low=0), "VLLMD_SHUTDOWN_TIMEOUT_S", "Time that requests in flight get to finish.", unit="s")
+    start_grace_s: float = setting(2.0, p.number(low=0), "VLLMD_START_GRACE_S", "Grace after SIGTERM while the engine starts (vLLM loses that signal), then it is killed.", unit="s")
+    kill_timeout_s: float = setting(15.0, p.number(above=0), "VLLMD_KILL_TIMEOUT_S", "How long killed processes may take to disappear before they count as unkillable.", unit="s")
+    gpu_release_timeout_s: float = setting(30.0, p.number(low=0), "VLLMD_GPU_RELEASE_TIMEOUT_S", "How long GPU memory may take to come back after the kill.", unit="s")
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """The watch over a ready engine."""
+
+    interval_s: float = setting(5.0, p.number(above=0), "VLLMD_WATCH_INTERVAL_S", "Interval of asking /health of a ready engine.", unit="s", restart=False)
+    request_timeout_s: float = setting(5.0, p.number(above=0), "VLLMD_WATCH_TIMEOUT_S", "Deadline of that question; a slow answer never ends an instance.", unit="s", restart=False)
+    failures: int = setting(3, p.integer(low=1), "VLLMD_WATCH_FAILURES", "Explicit refusals (503, or nobody listening) in a row that end the instance.", restart=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    """The engine's lines in the journal."""
+
+    lines_per_s: int = setting(1000, p.integer(low=1), "VLLMD_LOG_LINES_PER_S", "Engine lines passed on per second; the rest is counted.", unit="lines/s", restart=False)
+    line_max_bytes: int = setting(16384, p.integer(low=256), "VLLMD_LOG_LINE_MAX_BYTES", "A longer line is cut.", unit="bytes", restart=False)
+    level: str = setting("info", p.choice("debug", "info", "warning", "error"), "VLLMD_LOG_LEVEL", "The supervisor's own level.", restart=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything a person can set, parsed. `tuning` is the engine plug-in's own dataclass, whose rows also stand under `serve:`."""
+
+    model: Model
+    serve: Serve
+    engine: EngineChoice
+    preflight: Preflight
+    start: Start
+    stop: Stop
+    watch: Watch
+    log: Log
+    tuning: Any
+    gpus: str | int | tuple[str, ...] = setting("all", p.gpus, "VLLMD_GPUS", "GPUs of the instance: all, none, a number, or a list of indices, UUIDs or MIG ids.")
+
+
+def rows(section: type[Any], prefix: str) -> list[tuple[str, str, Any, Setting]]:
+    """(key, field name, default, Setting) of each row of a section's dataclass."""
+    found = []
+    for item in fields(section):
+        row = item.metadata.get("setting")
+        if row is not None:
+            assert item.default is not MISSING
+            found.append((f"{prefix}.{item.name}" if prefix else item.name, item.name, item.default, row))
+    return found

@@ -1,0 +1,84 @@
+"""What an engine plug-in supplies. Nothing outside engines/ knows vLLM; a plug-in fits on two screens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vllmd.config.paths import Paths
+from vllmd.config.settings import Config
+from vllmd.core.plan import Command, Endpoint, Installed
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a plug-in decides from: parsed configuration, places, the instance's name, and the supervisor's environment."""
+
+    config: Config
+    paths: Paths
+    instance: str
+    installed: Installed
+    environ: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class ProofRequest:
+    """One request of the proof of life. `accept` gets the decoded JSON body of a 200 answer (or the raw text where it is
+    not JSON), and returns '' when it proves life, else what is wrong with it."""
+
+    method: str
+    path: str
+    body: Any
+    accept: Callable[[Any], str]
+    headers: Mapping[str, str]
+    describe: str
+    """For people: 'one token by /v1/completions'."""
+
+
+@dataclass(frozen=True, slots=True)
+class LogFact:
+    """What one line of the engine's output says. `phase` '' means no new phase; `fraction` 0..1 where a percentage is shown."""
+
+    priority: int
+    phase: str = ""
+    fraction: float | None = None
+
+
+class Engine(Protocol):
+    """The plug-in. Stateless: everything it needs stands in the Context."""
+
+    name: str
+    tuning: type[Any]
+    """Frozen dataclass of its own settings rows (config.settings.setting), which users write under `serve:`."""
+    health_path: str
+    phases: Sequence[str]
+    """Names of the phases of a start, in order, for progress bars and the timeline."""
+    artifact: str
+    """The kind of model it wants ('huggingface'); models/validate has the validator of that kind."""
+
+    def installed(self, config: Config, paths: Paths, environ: Mapping[str, str]) -> Installed:
+        """Which program would run, and what is known of it; runs nothing. ConfigError when there is none."""
+
+    def check(self, context: Context) -> list[str]:
+        """ConfigError on flags it does not know or that vllmd owns, on wrong GPU counts; returns warnings."""
+
+    def endpoints(self, context: Context) -> tuple[Endpoint, ...]:
+        """Where it will answer; the first is probed."""
+
+    def command(self, context: Context, model: str) -> Command:
+        """What to execute for the model in this directory (or core.plan.MODEL_PLACEHOLDER)."""
+
+    def task(self, context: Context, model: Path) -> str:
+        """generate, embed, score, transcribe, joined or none; reads the model's config.json where the task is auto."""
+
+    def proofs(self, context: Context, task: str) -> tuple[ProofRequest, ...]:
+        """The requests that prove life for the task; () where /health is all that can be asked. Tried in order; the
+        first whose route exists (not 404) decides."""
+
+    def memory_fraction(self, context: Context) -> float:
+        """Share of each GPU's memory that it will ask for (0 where it does not say)."""
+
+    def read_line(self, line: str) -> LogFact:
+        """Level, phase and progress of one line of output; never raises."""
