@@ -5,6 +5,8 @@ A row's YAML key is `<section>.<field>` (its section is the attribute of `Config
 (config/layers.py) by the row's parser and never checked again.
 """
 
+# ruff: noqa: FBT003 - a row's default stands first, and some are booleans
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -46,11 +48,7 @@ def _same(text: str) -> str:
     return text
 
 
-def _gib_to_mib(text: str) -> str:
-    return str(int(float(text) * 1024))
-
-
-SOURCES = ("bundled", "local", "hf-cache", "r2", "hf-hub")
+SOURCES = p.KNOWN_SOURCES
 """Default order of lookup; `flox` and `s3` are accepted as other names of bundled and r2."""
 
 
@@ -125,7 +123,7 @@ class Preflight:
         (), p.subset("temperature", "memory", "utilization"), "VLLM_GPU_FAIL_ON", "Which thresholds refuse the start: temperature, memory, utilization."
     )
     gpu_min_free: str = setting(
-        "auto", p.mib_or_auto, "VLLMD_GPU_MIN_FREE", "Free memory each GPU needs: MiB, or auto (what the engine will ask for).", unit="MiB", aliases={"VLLM_MIN_FREE_GPU_GB": _gib_to_mib}
+        "auto", p.mib_or_auto, "VLLMD_GPU_MIN_FREE", "Free memory each GPU needs: MiB, or auto (what the engine will ask for).", unit="MiB", aliases={"VLLM_MIN_FREE_GPU_GB": p.gib_to_mib}
     )
     max_gpu_temp_c: float = setting(85.0, p.number(low=1), "VLLM_MAX_GPU_TEMP_C", "Highest temperature of a GPU at start.", unit="°C")
     max_gpu_util_pct: float = setting(95.0, p.number(low=0, high=100), "VLLM_MAX_GPU_UTIL_PCT", "Highest utilization of a GPU at start.", unit="%")
