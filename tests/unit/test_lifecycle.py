@@ -1,0 +1,203 @@
+"""The lifecycle's table: every pair classified, and the properties that hold on every reachable path."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllmd.core import events as ev
+from vllmd.core.lifecycle import IGNORED, TABLE, Impossible, Life, State, classify, step
+
+pytestmark = pytest.mark.unit
+
+LOST = ev.Failure("lost", "it is lost", "find it", 70)
+UNKILLABLE = ev.Failure("unkillable", "pid 7 is in D state", "reboot", 75)
+SAMPLES: list[ev.Event] = [
+    ev.Begun(selected=True),
+    ev.Begun(selected=False),
+    ev.PreflightPassed(),
+    ev.ModelResolved(),
+    ev.ModelVerified(),
+    ev.EngineSpawned(),
+    ev.ProofPassed(),
+    ev.StageFailed(LOST),
+    ev.EngineExited(LOST),
+    ev.VerdictReached(LOST),
+    ev.StartExpired(LOST),
+    ev.StopRequested("signal"),
+    ev.StopRequested("group"),
+    ev.ReloadRequested(),
+    ev.DrainExpired(),
+    ev.TreeEmptied(),
+    ev.KillExpired(UNKILLABLE),
+]
+ENDS = (ev.TreeEmptied(), ev.KillExpired(UNKILLABLE))
+
+
+def legal(life: Life) -> list[ev.Event]:
+    return [event for event in SAMPLES if classify(life.state, type(event)) != "bug"]
+
+
+def walk(events: list[ev.Event], life: Life | None = None) -> tuple[Life, list[ev.Effect]]:
+    life = life or Life()
+    effects: list[ev.Effect] = []
+    for event in events:
+        life, new = step(life, event)
+        effects += new
+    return life, effects
+
+
+START: list[ev.Event] = [
+    ev.Begun(selected=True), ev.PreflightPassed(), ev.ModelResolved(), ev.ModelVerified(), ev.EngineSpawned(), ev.ProofPassed(),
+]  # fmt: skip
+
+
+def reachable() -> dict[Life, list[ev.Event]]:
+    """Every life that legal events lead to, with one path to it."""
+    paths: dict[Life, list[ev.Event]] = {Life(): []}
+    todo = [Life()]
+    while todo:
+        life = todo.pop()
+        for event in legal(life):
+            after, _ = step(life, event)
+            if after not in paths:
+                paths[after] = [*paths[life], event]
+                todo.append(after)
+    return paths
+
+
+def test_matrix_classifies_every_pair_and_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    assert not set(TABLE) & IGNORED
+    mark = {"handled": "#", "ignored": ".", "bug": "!"}
+    names = [event.__name__ for event in ev.EVENTS]
+    for state in State:
+        row = " ".join(mark[classify(state, event)] for event in ev.EVENTS)
+        print(f"{state:>13} {row}")
+    print("columns:", ", ".join(names))
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == len(State) + 1
+    assert {state for state, _ in TABLE} == set(State) - {State.STOPPED}
+
+
+def test_every_event_and_effect_is_used() -> None:
+    assert {event for _, event in TABLE} == set(ev.EVENTS)
+    seen = {type(effect) for life in reachable() for event in legal(life) for effect in step(life, event)[1]}
+    assert seen == set(ev.Effect.__args__)
+
+
+def test_every_state_is_reachable() -> None:
+    assert {life.state for life in reachable()} == set(State)
+
+
+def test_a_start_tells_ready_after_proof_and_verification() -> None:
+    life, effects = walk(START)
+    assert life.state is State.READY
+    assert [type(effect).__name__ for effect in effects] == [
+        "RunPreflight", "ResolveModel", "LaunchEngine", "ProbeStart", "TellReady", "WatchEngine",
+    ]  # fmt: skip
+
+
+def test_proof_without_verified_bytes_is_not_ready() -> None:
+    path = [event for event in START if not isinstance(event, ev.ModelVerified)]
+    life, effects = walk(path)
+    assert life.state is State.PROVEN
+    assert not any(isinstance(effect, ev.TellReady) for effect in effects)
+    life, effects = walk([ev.ModelVerified()], life)
+    assert life.state is State.READY
+    assert isinstance(effects[0], ev.TellReady)
+
+
+def test_unconfigured_is_ready_without_stages() -> None:
+    life, effects = walk([ev.Begun(selected=False)])
+    assert life.state is State.UNCONFIGURED
+    assert effects == [ev.TellReady()]
+    _, effects = walk([ev.StopRequested("signal"), ev.TreeEmptied()], life)
+    assert effects[-1] == ev.Finish(0)
+
+
+def test_ready_is_told_once_and_only_from_where_it_is_due() -> None:
+    due = {State.CREATED, State.STARTING, State.PROVEN}
+    for life, path in reachable().items():
+        _, effects = walk(path)
+        assert Counter(map(type, effects))[ev.TellReady] <= 1, path
+        for event in legal(life):
+            after, new = step(life, event)
+            if any(isinstance(effect, ev.TellReady) for effect in new):
+                assert life.state in due
+                assert after.state in {State.READY, State.UNCONFIGURED}
+
+
+@given(st.data())
+def test_ready_is_told_at_most_once_on_any_path(data: st.DataObject) -> None:
+    life, told = Life(), 0
+    for _ in range(data.draw(st.integers(0, 25))):
+        life, effects = step(life, data.draw(st.sampled_from(legal(life))))
+        told += sum(isinstance(effect, ev.TellReady) for effect in effects)
+    assert told <= 1
+
+
+def test_stop_ends_from_every_reachable_life() -> None:
+    for life in reachable():
+        if life.state is State.STOPPED:
+            continue
+        for end in ENDS:
+            stopping, effects = walk([ev.StopRequested("signal")], life)
+            if stopping.state is State.DRAINING:
+                stopping, more = walk([ev.DrainExpired()], stopping)
+                effects += more
+            assert stopping.state is State.KILLING, life
+            # a life that was killing before has asked for its kill already
+            assert ev.KillTree() in effects or life.state is State.KILLING
+            ended, last = walk([end], stopping)
+            assert ended.state is State.STOPPED
+            assert isinstance(last[-1], ev.Finish)
+
+
+def test_a_stop_that_was_asked_for_exits_0_whatever_the_engine_says() -> None:
+    life, effects = walk([*START, ev.StopRequested("signal"), ev.EngineExited(LOST), ev.TreeEmptied()])
+    assert life.failure is None
+    assert effects[-1] == ev.Finish(0)
+
+
+def test_an_engine_that_exits_by_itself_is_a_failure() -> None:
+    life, effects = walk([*START, ev.EngineExited(LOST), ev.TreeEmptied()])
+    assert effects[-1] == ev.Finish(70)
+    assert life.failure == LOST
+
+
+def test_unkillable_after_a_stop_exits_75_and_is_recorded() -> None:
+    _, effects = walk([*START, ev.StopRequested("signal"), ev.DrainExpired(), ev.KillExpired(UNKILLABLE)])
+    assert effects[-2:] == [ev.RecordFailure(UNKILLABLE), ev.Finish(75)]
+
+
+def test_the_first_failure_stays_the_reason() -> None:
+    life, effects = walk([*START, ev.VerdictReached(LOST), ev.EngineExited(UNKILLABLE), ev.KillExpired(UNKILLABLE)])
+    assert life.failure == LOST
+    assert [e.failure for e in effects if isinstance(e, ev.RecordFailure)] == [LOST]
+    assert effects[-1] == ev.Finish(75)
+
+
+def test_stopping_is_told_before_any_teardown() -> None:
+    for life in reachable():
+        for event in legal(life):
+            _, effects = step(life, event)
+            kinds = [type(effect) for effect in effects]
+            if ev.KillTree in kinds and life.state not in {State.DRAINING, State.KILLING}:
+                assert kinds[0] is ev.TellStopping, (life, event)
+
+
+def test_interrupted_at_any_effect_a_stop_is_still_legal() -> None:
+    """Effects are performed one by one; a signal may arrive between any two of them."""
+    for life in reachable():
+        for event in legal(life):
+            after, _ = step(life, event)
+            if after.state is not State.STOPPED:
+                assert classify(after.state, ev.StopRequested) != "bug"
+
+
+def test_a_pair_that_cannot_happen_is_a_bug() -> None:
+    with pytest.raises(Impossible):
+        step(Life(), ev.TreeEmptied())
