@@ -1,0 +1,80 @@
+"""What holds for every test: it leaves no child process, zombie, file descriptor or thread behind."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+LEFT_DEADLINE_S = 3.0
+"""How long things that are just ending may take."""
+
+
+def _children() -> dict[int, str]:
+    found: dict[int, str] = {}
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(OSError):
+            for pid in (task / "children").read_text().split():
+                found[int(pid)] = _describe(int(pid))
+    return found
+
+
+def _describe(pid: int) -> str:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+        state = stat.rpartition(")")[2].split()[0]
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace").strip()
+    except OSError:
+        return "gone"
+    return f"{'zombie ' if state == 'Z' else ''}{pid} {command or stat.split()[1]}"
+
+
+def _descriptors() -> dict[int, str]:
+    found: dict[int, str] = {}
+    for path in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):
+            found[int(path.name)] = str(path.readlink())
+    # the one that listed the directory
+    return {fd: target for fd, target in found.items() if not target.startswith(f"/proc/{os.getpid()}/fd")}
+
+
+def _threads() -> dict[int, str]:
+    return {thread.ident or 0: thread.name for thread in threading.enumerate()}
+
+
+def _left(children: dict[int, str], descriptors: dict[int, str], threads: dict[int, str]) -> list[str]:
+    left = [f"child process: {what}" for pid, what in _children().items() if pid not in children]
+    left += [f"descriptor {fd}: {what}" for fd, what in _descriptors().items() if descriptors.get(fd) != what]
+    left += [f"thread: {name}" for ident, name in _threads().items() if ident not in threads]
+    return left
+
+
+def _end_children(before: dict[int, str]) -> None:
+    """So that one bad test does not spoil the others."""
+    for pid in set(_children()) - set(before):
+        with contextlib.suppress(OSError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails the test that leaves a child, zombie, descriptor or thread; there is no way to opt out."""
+    before = _children(), _descriptors(), _threads()
+    yield
+    left = _left(*before)
+    deadline = time.monotonic() + LEFT_DEADLINE_S
+    while left and time.monotonic() < deadline:
+        gc.collect()
+        time.sleep(0.01)
+        left = _left(*before)
+    if left:
+        _end_children(before[0])
+        pytest.fail(f"{request.node.name} leaves behind:\n  " + "\n  ".join(left), pytrace=False)
