@@ -15,102 +15,30 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from collections.abc import Mapping
+from typing import Any
+
+from vllmd.config.values import EMPTY as EMPTY  # settings.py names it p.EMPTY
+from vllmd.config.values import FrozenDict, Parser, Warned, frozen, kind_of, parser, shown, string_of
 
 NUMBER = re.compile(r"[0-9]+([.][0-9]+)?", re.ASCII)
 ENVIRONMENT_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*", re.ASCII)
-MAX_TEXT = 65536
-MAX_DEPTH = 32
-
-
-class FrozenDict(dict[str, Any]):
-    """A dict that stays as it was parsed. A dict, not a proxy, so that json, pickle and copy know it."""
-
-    __slots__ = ()
-
-    def _refuse(self, *_args: object, **_kwargs: object) -> NoReturn:
-        raise TypeError("configuration cannot be changed after it was parsed")
-
-    __setitem__ = __delitem__ = clear = pop = popitem = setdefault = update = __ior__ = _refuse
-
-    def __hash__(self) -> int:  # type: ignore[override]  # dataclasses take only hashable defaults
-        return hash(json.dumps(self, sort_keys=True, default=str))
-
-    def __reduce__(self) -> tuple[type[FrozenDict], tuple[dict[str, Any]]]:
-        return (FrozenDict, (dict(self),))
-
-
-EMPTY = FrozenDict()
-
-
-@dataclass(frozen=True, slots=True)
-class Warned:
-    """A value that was accepted, with what a person should know about it."""
-
-    value: Any
-    reasons: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Parser:
-    """A callable parser; `form` says in a few words what it accepts, `schema` says it as JSON schema."""
-
-    parse: Callable[[object], Any]
-    form: str
-    schema: Mapping[str, Any] = field(default_factory=dict)
-
-    def __call__(self, value: object) -> Any:
-        return self.parse(value)
-
-
-def parser(form: str, **schema: Any) -> Callable[[Callable[[object], Any]], Parser]:
-    """Decorator: make a Parser of a function."""
-    return lambda function: Parser(function, form, schema)
-
-
-def shown(value: object) -> str:
-    """A value in an error message: short and on one line."""
-    text = repr(value) if isinstance(value, str) else str(value)
-    text = text.encode("unicode_escape").decode("ascii") if not text.isprintable() else text
-    return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _string(value: object) -> str:
-    if isinstance(value, bool | int | float):
-        raise ValueError(f"must be text, and YAML reads {shown(value)} as a {type(value).__name__}: write it in quotes")
-    if not isinstance(value, str):
-        raise ValueError(f"must be text, not {_kind(value)}")
-    if len(value) > MAX_TEXT:
-        raise ValueError(f"is longer than {MAX_TEXT} characters")
-    if "\0" in value:
-        raise ValueError("contains a NUL character")
-    return value
-
-
-def _kind(value: object) -> str:
-    if value is None:
-        return "empty"
-    if isinstance(value, Mapping):
-        return "a mapping"
-    return "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
 
 
 def _one_line(value: object) -> str:
-    string = _string(value)
+    string = string_of(value)
     if any(ord(c) < 32 or ord(c) in (127, 0x85, 0x2028, 0x2029) for c in string):
         raise ValueError(f"contains a line break or control character: {shown(string)}")
     return string
 
 
-text = Parser(_string, "text", {"type": "string"})
+text = Parser(string_of, "text", {"type": "string"})
 one_line = Parser(_one_line, "text on one line", {"type": "string", "pattern": r"^[^\n\r\t\u0000]*$"})
 
 
 @parser("word", type="string", pattern="^[A-Za-z][A-Za-z0-9_.-]*$")
 def word(value: object) -> str:
-    string = _string(value)
+    string = string_of(value)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_.-]*", string, re.ASCII):
         raise ValueError(f"must be one word of letters, digits, '_', '.' and '-', not {shown(string)}")
     return string
@@ -151,7 +79,7 @@ def model_id(value: object) -> str:
 
 @parser("branch, tag or commit", type="string", pattern="^[A-Za-z0-9._/-]*$")
 def revision(value: object) -> str:
-    string = _string(value)
+    string = string_of(value)
     if not re.fullmatch(r"[A-Za-z0-9._/-]*", string, re.ASCII):
         raise ValueError(f"may hold letters, digits, '.', '_', '-' and '/' only, not {shown(string)}")
     if string and any(part in ("", ".", "..") for part in string.split("/")):
@@ -173,7 +101,7 @@ def absolute_path(value: object) -> str:
 
 @parser("host name or address", type="string")
 def host(value: object) -> str:
-    string = _string(value)
+    string = string_of(value)
     bare = string[1:-1] if string.startswith("[") and string.endswith("]") else string
     try:
         return str(ipaddress.ip_address(bare))
@@ -189,7 +117,7 @@ def host(value: object) -> str:
 
 @parser("regular expression", type="string", format="regex")
 def regex(value: object) -> str:
-    string = _string(value)
+    string = string_of(value)
     if len(string) > 4096:
         raise ValueError("is longer than 4096 characters")
     try:
@@ -224,7 +152,7 @@ def boolean01(value: object) -> bool:
 
 def _to_number(value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | str):
-        raise ValueError(f"must be a number, not {_kind(value) if not isinstance(value, bool) else shown(value)}")
+        raise ValueError(f"must be a number, not {kind_of(value) if not isinstance(value, bool) else shown(value)}")
     if isinstance(value, str) and (len(value) > 32 or not NUMBER.fullmatch(value)):
         raise ValueError(f"must be a plain number like 5 or 0.5, not {shown(value)}")
     if isinstance(value, int) and abs(value) > 10**18:
@@ -280,7 +208,7 @@ def choice(*choices: str) -> Parser:
     words = ", ".join(c for c in choices if c)
 
     def parse(value: object) -> str:
-        string = _string(value)
+        string = string_of(value)
         for known in choices:
             if string.lower() == known.lower():
                 return known
@@ -293,7 +221,7 @@ def _items(value: object) -> list[str]:
     """A comma list, or a YAML list, of one-line text; empty items are dropped."""
     found = value.split(",") if isinstance(value, str) else value
     if not isinstance(found, list | tuple):
-        raise ValueError(f"must be a list, or text with commas, not {_kind(value)}")
+        raise ValueError(f"must be a list, or text with commas, not {kind_of(value)}")
     return [item for item in (_one_line(item).strip() for item in found) if item]
 
 
@@ -334,21 +262,6 @@ def sources(value: object) -> tuple[str, ...] | Warned:
     return Warned(known, tuple(f"unknown source {shown(item)} skipped" for item in unknown)) if unknown else known
 
 
-def frozen(value: object, depth: int = 0) -> Any:
-    """A deep copy that cannot be changed: mappings FrozenDict with text keys, lists tuples; anything odd a ValueError."""
-    if depth > MAX_DEPTH:
-        raise ValueError(f"is nested deeper than {MAX_DEPTH} levels")
-    if isinstance(value, Mapping):
-        for key in value:
-            _string(key)
-        return FrozenDict({key: frozen(item, depth + 1) for key, item in value.items()})
-    if isinstance(value, list | tuple):
-        return tuple(frozen(item, depth + 1) for item in value)
-    if value is None or isinstance(value, bool | int | float):
-        return value
-    return _string(value)
-
-
 def _object(value: object) -> Mapping[Any, Any]:
     if isinstance(value, str):
         try:
@@ -356,7 +269,7 @@ def _object(value: object) -> Mapping[Any, Any]:
         except (ValueError, RecursionError) as error:
             raise ValueError(f"must be a mapping; as text, a JSON object: {error}") from None
     if not isinstance(value, Mapping):
-        raise ValueError(f"must be a mapping, not {_kind(value)}")
+        raise ValueError(f"must be a mapping, not {kind_of(value)}")
     return value
 
 
@@ -373,7 +286,7 @@ def _environment_value(name: str, value: object) -> str:
     if isinstance(value, int | float):
         return str(value)
     try:
-        return _string(value)
+        return string_of(value)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from None
 
@@ -427,7 +340,7 @@ def gpus(value: object) -> str | int | tuple[str, ...]:
         if count < 1:
             raise ValueError("must be at least 1; write none for an instance without GPUs")
         return count
-    items = value if isinstance(value, list | tuple) else [item.strip() for item in _string(value).split(",")]
+    items = value if isinstance(value, list | tuple) else [item.strip() for item in string_of(value).split(",")]
     found = _gpu_list([item for item in items if item != ""])
     if not found:
         raise ValueError("is an empty list; write none for an instance without GPUs")
