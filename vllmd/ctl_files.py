@@ -1,0 +1,98 @@
+"""What supervisors have written for others to read: status.json (now) and last.json (how the last life ended)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vllmd.config.paths import Paths
+
+_LIMIT_BYTES = 1 << 20
+_NOT_INSTANCES = ("vllmd", "presets")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Why an instance does not serve: VllmdError as it was written down."""
+
+    code: str
+    what: str
+    hint: str
+    status: int
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; {} when it is missing, not readable, too long or not an object."""
+    try:
+        with path.open("rb") as stream:
+            value = json.loads(stream.read(_LIMIT_BYTES))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def status(paths: Paths, name: str) -> dict[str, Any]:
+    return read(paths.instance_runtime(name) / "status.json")
+
+
+def last(paths: Paths, name: str) -> dict[str, Any]:
+    return read(paths.instance_state(name) / "last.json")
+
+
+def last_stamp(paths: Paths, name: str) -> tuple[int, int]:
+    """Changes whenever last.json is written: tells this failure's record from an earlier one's."""
+    try:
+        found = (paths.instance_state(name) / "last.json").stat()
+    except OSError:
+        return (0, 0)
+    return (found.st_ino, found.st_mtime_ns)
+
+
+def problem(record: Mapping[str, Any]) -> Problem | None:
+    """The error of a status.json or last.json, if it tells one."""
+    error = record.get("error")
+    if not isinstance(error, dict):
+        return None
+    status_number = error.get("status", record.get("status"))
+    return Problem(
+        code=text(error, "code"),
+        what=text(error, "what"),
+        hint=text(error, "hint"),
+        status=status_number if isinstance(status_number, int) else 0,
+    )
+
+
+def text(record: Mapping[str, Any], *keys: str) -> str:
+    """The string at the end of a path of keys; '' where it is missing."""
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return value if isinstance(value, str) else ""
+
+
+def number(record: Mapping[str, Any], *keys: str) -> float | None:
+    value: Any = record
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+
+
+def moment(record: Mapping[str, Any], key: str) -> datetime | None:
+    """A time written as ISO 8601 or as seconds since 1970."""
+    seconds = number(record, key)
+    try:
+        if seconds is not None:
+            return datetime.fromtimestamp(seconds, UTC)
+        return datetime.fromisoformat(text(record, key)).astimezone()
+    except (ValueError, OverflowError, OSError):
+        return None
+
+
+def names(paths: Paths) -> list[str]:
+    """Instances that have a configuration, or a supervisor that wrote its status."""
+    configured = {path.stem for path in paths.config.glob("*.yaml")} - set(_NOT_INSTANCES)
+    return sorted(configured | {path.parent.name for path in paths.runtime.glob("i/*/status.json")})
