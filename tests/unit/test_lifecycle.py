@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 import pytest
 from hypothesis import given
@@ -33,6 +34,7 @@ SAMPLES: list[ev.Event] = [
     ev.DrainExpired(),
     ev.TreeEmptied(),
     ev.KillExpired(UNKILLABLE),
+    ev.Faulted(LOST),
 ]
 ENDS = (ev.TreeEmptied(), ev.KillExpired(UNKILLABLE))
 
@@ -41,7 +43,7 @@ def legal(life: Life) -> list[ev.Event]:
     return [event for event in SAMPLES if classify(life.state, type(event)) != "bug"]
 
 
-def walk(events: list[ev.Event], life: Life | None = None) -> tuple[Life, list[ev.Effect]]:
+def walk(events: Sequence[ev.Event], life: Life | None = None) -> tuple[Life, list[ev.Effect]]:
     life = life or Life()
     effects: list[ev.Effect] = []
     for event in events:

@@ -108,6 +108,13 @@ class KillExpired:
     failure: Failure
 
 
+@dataclass(frozen=True, slots=True)
+class Faulted:
+    """A bug of ours: an exception that nobody expected, or an event that cannot be."""
+
+    failure: Failure
+
+
 Event = (
     Begun
     | PreflightPassed
@@ -124,6 +131,7 @@ Event = (
     | DrainExpired
     | TreeEmptied
     | KillExpired
+    | Faulted
 )
 
 EVENTS: tuple[type, ...] = Event.__args__

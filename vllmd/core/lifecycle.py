@@ -74,7 +74,7 @@ def _ready(life: Life) -> Outcome:
     return replace(life, state=State.READY), (ev.TellReady(), ev.WatchEngine())
 
 
-def _fail(life: Life, event: ev.StageFailed | ev.EngineExited | ev.VerdictReached | ev.StartExpired) -> Outcome:
+def _fail(life: Life, event: ev.StageFailed | ev.EngineExited | ev.VerdictReached | ev.StartExpired | ev.Faulted) -> Outcome:
     # STOPPING=1 first: it disarms systemd's watchdog, so that a long teardown keeps its own exit status.
     failed = replace(life, state=State.KILLING, failure=event.failure)
     return failed, (ev.TellStopping(), ev.RecordFailure(event.failure), ev.KillTree())
@@ -154,10 +154,12 @@ TABLE: dict[tuple[State, type], Rule] = {
     (S.KILLING, ev.KillExpired): _unkillable,
     # A stop can overtake a spawn that is under way: what has appeared since the kill is killed too.
     (S.KILLING, ev.EngineSpawned): _KILL,
+    #
+    **{(state, ev.Faulted): _fail for state in State if state not in {S.KILLING, S.STOPPED}},
 }
 
 _LATE = (ev.PreflightPassed, ev.ModelResolved, ev.ModelVerified, ev.EngineSpawned, ev.ProofPassed, ev.StageFailed,
-         ev.EngineExited, ev.VerdictReached, ev.StartExpired, ev.StopRequested, ev.ReloadRequested, ev.DrainExpired)  # fmt: skip
+         ev.EngineExited, ev.VerdictReached, ev.StartExpired, ev.StopRequested, ev.ReloadRequested, ev.DrainExpired, ev.Faulted)  # fmt: skip
 """Events that were on their way when the instance began to end: they come late and change nothing."""
 
 IGNORED: frozenset[tuple[State, type]] = frozenset(

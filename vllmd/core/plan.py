@@ -72,7 +72,6 @@ class Deadlines:
     shutdown_s: float
     start_grace_s: float
     kill_s: float
-    gpu_release_s: float
     proof_s: float
 
     @property
@@ -83,7 +82,7 @@ class Deadlines:
     @property
     def stop_s(self) -> float:
         """The longest that a whole stop can take."""
-        return self.drain_s + self.kill_s + self.gpu_release_s
+        return self.drain_s + self.kill_s
 
 
 @dataclass(frozen=True, slots=True)

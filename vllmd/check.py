@@ -1,0 +1,117 @@
+"""`vllmd check`: the configuration, validated, and the plan that it makes, printed. No side effects, under 0.5 s."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+from vllmd import stages
+from vllmd.config import show
+from vllmd.config.paths import Paths
+from vllmd.config.redact import redact_argv, redact_text
+from vllmd.core.plan import Plan
+from vllmd.errors import ConfigError, VllmdError
+from vllmd.stages import Prepared
+
+
+def check_one(
+    name: str, paths: Paths, environ: Mapping[str, str], overrides: Mapping[str, object], *, as_json: bool, show_origin: bool
+) -> int:
+    prepared = stages.prepare(name, paths, environ, overrides)
+    plan = None
+    if stages.model_request(prepared.config, paths).selected:
+        plan = stages.plan(prepared, stages.context(prepared))
+    if as_json:
+        document = {"schema": 1, "instance": name, "plan": describe(plan, prepared)}
+        print(json.dumps(document | ({"settings": show.as_dict(prepared.loaded)} if show_origin else {}), indent=1))
+        return 0
+    print(_text(plan, prepared))
+    if show_origin:
+        print()
+        print(show.origins_text(prepared.loaded))
+    return 0
+
+
+def check_all(paths: Paths, environ: Mapping[str, str], overrides: Mapping[str, object]) -> int:
+    """Every instance that has a file; the first bad one's status is the command's."""
+    names = sorted(path.stem for path in paths.config.glob("*.yaml") if path.name != "vllmd.yaml")
+    if not names:
+        raise ConfigError("no_instance", f"no instance is configured in {paths.config}", f"write {paths.config}/NAME.yaml")
+    status = 0
+    for name in names:
+        try:
+            prepared = stages.prepare(name, paths, environ, overrides)
+            if stages.model_request(prepared.config, paths).selected:
+                stages.plan(prepared, stages.context(prepared))
+            print(f"{name}: valid")
+        except VllmdError as error:
+            status = status or int(error.status)
+            print(f"{name}: {error.what}", file=sys.stderr)
+            print(f"  hint: {error.hint}", file=sys.stderr)
+    return status
+
+
+def describe(plan: Plan | None, prepared: Prepared) -> dict[str, Any] | None:
+    """The plan as JSON; secrets are redacted in argv and environment."""
+    if plan is None:
+        return None
+    paths, command = prepared.paths, plan.command
+    return {
+        "engine": {
+            "name": plan.engine,
+            "executable": plan.installed.executable,
+            "version": plan.installed.version,
+            "variant": plan.installed.variant,
+            "flags_known": len(plan.installed.flags),
+        },
+        "model": {"identity": plan.model.identity, "sources": list(plan.model.sources), "store": str(plan.model.store)},
+        "served_name": plan.served_name,
+        "task": plan.task,
+        "endpoints": [str(endpoint) for endpoint in plan.endpoints],
+        "gpus": plan.gpus if not isinstance(plan.gpus, tuple) else list(plan.gpus),
+        "argv": list(redact_argv(command.argv, command.secrets)),
+        "environment": {name: redact_text(value, command.secrets) for name, value in sorted(command.env.items())},
+        "private_files": sorted(command.private_files),
+        "deadlines": {
+            "stall_s": plan.deadlines.stall_s,
+            "start_s": plan.deadlines.start_s,
+            "shutdown_s": plan.deadlines.shutdown_s,
+            "stop_s": plan.deadlines.stop_s,
+            "proof_s": plan.deadlines.proof_s,
+        },
+        "paths": {
+            "configuration": str(paths.instance_config(plan.instance)),
+            "state": str(paths.instance_state(plan.instance)),
+            "runtime": str(paths.instance_runtime(plan.instance)),
+            "cache": str(paths.cache),
+        },
+        "warnings": list(plan.warnings),
+    }
+
+
+def _text(plan: Plan | None, prepared: Prepared) -> str:
+    document = describe(plan, prepared)
+    if document is None:
+        return f"{prepared.instance}: valid, no model selected (run: vllmctl model set {prepared.instance} MODEL)"
+    engine, model, bounds = document["engine"], document["model"], document["deadlines"]
+    rows = [
+        ("model", f"{model['identity']} (from {', '.join(model['sources'])}), served as {document['served_name']}"),
+        ("endpoint", ", ".join(document["endpoints"])),
+        ("engine", f"{engine['name']} {engine['version'] or 'of unknown version'}, {engine['executable']}"),
+        ("gpus", str(document["gpus"])),
+        ("task", document["task"]),
+        (
+            "deadlines",
+            f"start {bounds['start_s']:g} s, without progress {bounds['stall_s']:g} s, "
+            f"drain {bounds['shutdown_s']:g} s, whole stop {bounds['stop_s']:g} s",
+        ),
+        *((name, path) for name, path in document["paths"].items()),
+        ("argv", shlex.join(document["argv"])),
+        *(("environment", f"{name}={value}") for name, value in document["environment"].items()),
+        *(("private file", path) for path in document["private_files"]),
+        *(("warning", text) for text in document["warnings"]),
+    ]
+    return "\n".join([f"{prepared.instance}: valid", *(f"  {label:<14} {value}" for label, value in rows)])

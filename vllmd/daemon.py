@@ -1,0 +1,327 @@
+"""The composition root of `vllmd run`: builds the adapters, feeds events to the lifecycle's table, performs its effects.
+
+One task owns the state (`run`); everything else posts events. Whatever can block lives in a child or in a thread that
+nobody waits for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+import traceback
+from collections.abc import Coroutine
+from typing import Any, assert_never
+
+from vllmd import stages
+from vllmd.core import events as ev
+from vllmd.core.lifecycle import Impossible, Life, State, step
+from vllmd.core.plan import Plan, ResolvedModel
+from vllmd.engines.protocol import Context
+from vllmd.errors import TryLater, VllmdError
+from vllmd.instance import record, reload
+from vllmd.instance.board import Board
+from vllmd.instance.checking import check_host
+from vllmd.instance.clockwork import Clockwork
+from vllmd.instance.control import serve_control
+from vllmd.instance.engine_life import EngineLife
+from vllmd.instance.locking import InstanceLock
+from vllmd.instance.resolving import resolve
+from vllmd.instance.watching import watch
+from vllmd.models import wire
+from vllmd.stages import Prepared
+from vllmd.system.cgroup import choose_family
+from vllmd.system.journal import Journal, Stderr
+from vllmd.system.notify import Notifier, NullNotifier
+
+TICK = object()
+"""Goes through the queue of events like any other: WATCHDOG=1 is sent when it comes out, so it says that the loop turns."""
+
+
+class Daemon:
+    """One instance, from its configuration to its exit status."""
+
+    def __init__(self, prepared: Prepared, notifier: Notifier | NullNotifier, journal: Journal | Stderr) -> None:
+        self.prepared = prepared
+        self.config = prepared.config
+        self.notifier = notifier
+        self.journal = journal
+        self.life = Life()
+        self.model: ResolvedModel | None = None
+        self.board = Board(
+            prepared.instance, prepared.paths.instance_runtime(prepared.instance) / "status.json", notifier.status
+        )
+        self.clockwork = Clockwork(notifier)
+        self._events: asyncio.Queue[Any] = asyncio.Queue()
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._exit: int | None = None
+        self._plan: Plan | None = None
+        self._context: Context | None = None
+        self._engine: EngineLife | None = None
+
+    # -- the one owner of the state
+
+    async def run(self) -> int:
+        """Runs the instance to its end; returns the exit status."""
+        loop = asyncio.get_running_loop()
+        for number, event in (
+            (signal.SIGTERM, ev.StopRequested("signal")),
+            (signal.SIGINT, ev.StopRequested("signal")),
+            (signal.SIGHUP, ev.ReloadRequested()),
+        ):
+            loop.add_signal_handler(number, self.post, event)
+        self.journal.attach(loop)
+        with InstanceLock(self.prepared.paths, self.prepared.instance):
+            control = await serve_control(self)
+            self._task("ticks", self._ticks())
+            try:
+                await self._begin()
+                return await self._turn()
+            finally:
+                self._cancel_all()
+                await control.close()
+                self.board.close()
+
+    async def _begin(self) -> None:
+        selected = stages.model_request(self.config, self.prepared.paths).selected
+        if selected:
+            self._context = stages.context(self.prepared)
+            self._plan = stages.plan(self.prepared, self._context)
+            self.board.plan(self._plan)
+            family = choose_family(self.prepared.environ)
+            self._engine = EngineLife(self, self._plan, self._context, family)
+            for warning in self._plan.warnings:
+                self.journal.event("starting", warning, priority=4)
+            await self._engine.sweep()
+        self.post(ev.Begun(selected))
+
+    async def _turn(self) -> int:
+        while self._exit is None:
+            event = await self._events.get()
+            if event is TICK:
+                self.notifier.watchdog()
+            else:
+                self._advance(event)
+        return self._exit
+
+    def _advance(self, event: ev.Event) -> None:
+        try:
+            life, effects = step(self.life, event)
+        except Impossible as error:
+            self.journal.event("failed", f"bug: {error}", priority=3)
+            if isinstance(event, ev.Faulted):
+                return
+            life, effects = step(self.life, ev.Faulted(record.bug(error)))
+        changed, self.life = life.state is not self.life.state, life
+        if changed:
+            self.board.state(str(life.state), life.failure)
+        for effect in effects:
+            self._perform(effect)
+
+    def post(self, event: ev.Event) -> None:
+        self._events.put_nowait(event)
+
+    # -- effects
+
+    def _perform(self, effect: ev.Effect) -> None:
+        match effect:
+            case ev.RunPreflight():
+                self._task("preflight", self._preflight())
+            case ev.ResolveModel():
+                self._task("resolve", self._resolve())
+            case ev.LaunchEngine():
+                self._task("launch", self._launch())
+            case ev.ProbeStart():
+                self._task("probe", self._probe())
+            case ev.TellReady():
+                self._ready()
+            case ev.WatchEngine():
+                self._task("watch", self._watch())
+            case ev.TellStopping():
+                self._stopping()
+            case ev.TerminateEngine(during_start):
+                self._task("drain", self._drain(during_start=during_start))
+            case ev.KillTree():
+                self._task("kill", self._kill())
+            case ev.RecordFailure(failure):
+                self._record(failure)
+            case ev.ReloadConfiguration():
+                self._reload()
+            case ev.Finish(status):
+                self._finish(status)
+            case _:
+                assert_never(effect)
+
+    async def _preflight(self) -> None:
+        self.clockwork.allow(self.config.preflight.gpu_timeout_s + 60)
+        assert self._plan is not None
+        assert self._context is not None
+        await check_host(self.prepared, self._context, self._plan, self.journal, self.board)
+        self.post(ev.PreflightPassed())
+
+    async def _resolve(self) -> None:
+        assert self._plan is not None
+        self.board.phase("resolve")
+        request = wire.encode_request(self._plan.model, self.config.model)
+
+        def on_event(event: wire.Progress | wire.Resolved | wire.Verified) -> None:
+            self.clockwork.allow(120)
+            match event:
+                case wire.Progress():
+                    self.board.progress(event.fraction, event.text)
+                case wire.Resolved(model):
+                    self._resolved(model)
+                case wire.Verified():
+                    self.post(ev.ModelVerified())
+
+        self.clockwork.allow(self.config.model.lock_timeout_s + 60)
+        await resolve(request, self.prepared.environ, on_event)
+
+    def _resolved(self, model: ResolvedModel) -> None:
+        self.model = model
+        known = self.board.document["model"] or {}
+        self.board.set(model={**known, "directory": str(model.directory), "via": model.via})
+        self.journal.event("model-resolved", f"model {model.identity} is {model.directory} (via {model.via})", priority=6)
+        self.post(ev.ModelResolved())
+
+    async def _launch(self) -> None:
+        assert self._engine is not None
+        assert self.model is not None
+        await self._engine.launch(self.model)
+        self.post(ev.EngineSpawned())
+
+    async def _probe(self) -> None:
+        assert self._engine is not None
+        proof = await self._engine.prove()
+        self.journal.event("phase", f"proof of life: {proof}", priority=6, phase="proof")
+        self.post(ev.ProofPassed())
+
+    def _ready(self) -> None:
+        self.clockwork.rest()
+        self.board.phase("ready" if self.life.state is State.READY else "unconfigured")
+        self.board.now()
+        self.notifier.ready(self.board.sentence())
+        self.journal.event(
+            "engine-ready" if self.life.state is State.READY else "unconfigured",
+            f"{self.board.sentence()} (after {self.board.age_s:.1f} s)",
+            priority=5,
+        )
+        if self._engine is not None:
+            self._engine.show_example()
+
+    async def _watch(self) -> None:
+        assert self._engine is not None
+        verdict = await watch(self._engine.probe, lambda: self.config.watch)
+        self.journal.event("engine-unhealthy", verdict.what, priority=3)
+        self.post(ev.VerdictReached(record.failure_of(verdict)))
+
+    def _stopping(self) -> None:
+        bound = self._plan.deadlines.stop_s if self._plan else 10.0
+        self.notifier.stopping(self.board.sentence())
+        self.clockwork.allow(bound + 10)
+        self.journal.event("stopping", self.board.sentence(), priority=6)
+
+    async def _drain(self, *, during_start: bool) -> None:
+        assert self._engine is not None
+        deadlines = self._engine.plan.deadlines
+        self._cancel("probe", "watch", "resolve")
+        self._engine.terminate()
+        await asyncio.sleep(deadlines.start_grace_s if during_start else deadlines.drain_s)
+        self.post(ev.DrainExpired())
+
+    async def _kill(self) -> None:
+        began = time.monotonic()
+        await self._end_stages()
+        if self._engine is None:
+            self.post(ev.TreeEmptied())
+            return
+        left = await self._engine.kill()
+        if left:
+            what = f"processes cannot be killed: {left}"
+            hint = "they hang in the kernel (state D); the host may need a reboot"
+            self.journal.event("unkillable", what, priority=2)
+            self.post(ev.KillExpired(record.failure_of(TryLater("unkillable", what, hint))))
+            return
+        self.journal.event("stopped", f"nothing is left ({time.monotonic() - began:.2f} s)", priority=6)
+        self.post(ev.TreeEmptied())
+
+    def _record(self, failure: ev.Failure) -> None:
+        """Now, not at the end: the teardown may be cut short."""
+        self.journal.event(
+            "failed", failure.what, priority=3, code=failure.code, hint=failure.hint, exit_status=failure.status
+        )
+        self._write_last(failure.status)
+
+    def _finish(self, status: int) -> None:
+        self._write_last(status)
+        self._exit = status
+
+    def _write_last(self, status: int) -> None:
+        directory = self.prepared.paths.instance_state(self.prepared.instance)
+        launch_id = self.board.document["launch_id"]
+        more = self._engine.last_words() if self._engine else {}
+        complaint = record.write_last(
+            directory, self.prepared.instance, status, self.life.failure, launch_id=launch_id, **more
+        )
+        if complaint:
+            self.journal.event("failed", complaint, priority=4)
+
+    def _reload(self) -> None:
+        try:
+            fresh = stages.prepare(self.prepared.instance, self.prepared.paths, self.prepared.environ)
+        except VllmdError as error:
+            self.journal.event("reloaded", f"the configuration is not taken over: {error.what}", priority=3, hint=error.hint)
+            return
+        changes = reload.compare(self.config, fresh.config)
+        self.config = reload.apply_live(self.config, fresh.config)
+        told = f"applied: {', '.join(changes.live)}" if changes.live else "nothing changed that applies now"
+        self.journal.event("reloaded", f"configuration read again; {told}", priority=5)
+        if changes.restart:
+            waits = ", ".join(changes.restart)
+            self.journal.event(
+                "reload-needs-restart", f"needs a restart: {waits}", priority=4,
+                hint=f"systemctl restart vllmd@{self.prepared.instance}",
+            )  # fmt: skip
+        self.board.set(needs_restart=list(changes.restart))
+
+    # -- tasks
+
+    def _task(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        self._cancel(name)
+        self._tasks[name] = asyncio.create_task(self._guarded(name, work), name=name)
+
+    async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except VllmdError as error:
+            if name == "preflight":
+                self.journal.event("preflight-failed", error.what, priority=3, hint=error.hint)
+            self.post(ev.StageFailed(record.failure_of(error)))
+        except Exception as error:
+            self.journal.event("failed", "".join(traceback.format_exception(error)), priority=2)
+            self.post(ev.Faulted(record.bug(error)))
+
+    def _cancel(self, *names: str) -> None:
+        for name in names:
+            task = self._tasks.pop(name, None)
+            if task is not None:
+                task.cancel()
+
+    def _cancel_all(self) -> None:
+        self._cancel(*list(self._tasks))
+
+    async def _end_stages(self) -> None:
+        """Cancels what is in flight and waits for it: a launch that is cut must first end what it started."""
+        names = [name for name in self._tasks if name not in {"ticks", "kill"}]
+        tasks = [self._tasks.pop(name) for name in names]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def _ticks(self) -> None:
+        """Every second at most: the clocks that systemd must know, and the watchdog's turn."""
+        interval = min(1.0, self.notifier.watchdog_s / 3) if self.notifier.watchdog_s else 1.0
+        while True:
+            self._events.put_nowait(TICK)
+            self.clockwork.tell()
+            await asyncio.sleep(interval)

@@ -1,0 +1,153 @@
+"""What everybody may know of an instance: one document, shown as status.json, by GET /status and as STATUS=."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from vllmd.core.events import Failure
+from vllmd.core.plan import Plan
+from vllmd.system.files import write_atomic
+
+SCHEMA = 1
+FLUSH_S = 0.1
+"""A start can log hundreds of percentages a second; nobody reads them faster than this."""
+
+
+def now_text() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def describe_failure(failure: Failure | None) -> dict[str, Any] | None:
+    if failure is None:
+        return None
+    return {"code": failure.code, "what": failure.what, "hint": failure.hint, "status": failure.status}
+
+
+class Board:
+    """`path` is status.json; `tell` gets the STATUS= line whenever it changes. Written at once when the state changes,
+    soon when only progress does. A write that fails is dropped: the file is for readers, the daemon goes on."""
+
+    def __init__(self, instance: str, path: Path, tell: Callable[[str], None]) -> None:
+        self._path = path
+        self._tell = tell
+        self._told = ""
+        self._flush: asyncio.TimerHandle | None = None
+        self.phase_began = self._born = time.monotonic()
+        self.phase_seconds: dict[str, float] = {}
+        self.document: dict[str, Any] = {
+            "schema": SCHEMA,
+            "instance": instance,
+            "state": "created",
+            "since": now_text(),
+            "phase": "",
+            "progress": {"fraction": None, "text": ""},
+            "engine": None,
+            "launch_id": "",
+            "model": None,
+            "endpoint": "",
+            "endpoints": [],
+            "error": None,
+            "warnings": [],
+            "group": None,
+            "role": None,
+            "rank": None,
+        }
+
+    def plan(self, plan: Plan) -> None:
+        installed = plan.installed
+        self.document["engine"] = {
+            "name": plan.engine,
+            "version": installed.version,
+            "executable": installed.executable,
+            "pid": None,
+        }
+        self.document["endpoints"] = [str(endpoint) for endpoint in plan.endpoints]
+        self.document["endpoint"] = self.document["endpoints"][0]
+        self.document["model"] = {"id": plan.model.identity, "directory": "", "via": "", "served_name": plan.served_name}
+        self.document["warnings"] = list(plan.warnings)
+        self.soon()
+
+    def state(self, state: str, failure: Failure | None) -> None:
+        if state != self.document["state"]:
+            self.document |= {"state": state, "since": now_text(), "progress": {"fraction": None, "text": ""}}
+        self.document["error"] = describe_failure(failure)
+        self.now()
+
+    def phase(self, phase: str) -> None:
+        """A new phase of the start; the time of the one before is kept for the metrics."""
+        if phase == self.document["phase"]:
+            return
+        if self.document["phase"]:
+            self.phase_seconds[self.document["phase"]] = time.monotonic() - self.phase_began
+        self.phase_began = time.monotonic()
+        self.document |= {"phase": phase, "progress": {"fraction": None, "text": ""}}
+        self.soon()
+
+    def progress(self, fraction: float | None, text: str = "") -> None:
+        self.document["progress"] = {"fraction": fraction, "text": text}
+        self.soon()
+
+    def set(self, **fields: Any) -> None:
+        self.document |= fields
+        self.soon()
+
+    def soon(self) -> None:
+        if self._flush is None:
+            self._flush = asyncio.get_running_loop().call_later(FLUSH_S, self.now)
+
+    def now(self) -> None:
+        if self._flush is not None:
+            self._flush.cancel()
+            self._flush = None
+        text = self.sentence()
+        if text != self._told:
+            self._told = text
+            self._tell(text)
+        try:
+            write_atomic(self._path, json.dumps(self.document, ensure_ascii=False) + "\n", fsync=False)
+        except OSError:
+            return
+
+    def close(self) -> None:
+        self.now()
+
+    @property
+    def age_s(self) -> float:
+        return time.monotonic() - self._born
+
+    def sentence(self) -> str:
+        """STATUS=: one line that a person reads in `systemctl status`."""
+        document = self.document
+        error = document["error"]
+        if error and document["state"] in {"killing", "stopped"}:
+            return f"Failed: {error['what']}" + (f" ({error['hint']})" if error["hint"] else "")
+        served = (document["model"] or {}).get("served_name", "")
+        match document["state"]:
+            case "ready":
+                return f"Serving {served} at {document['endpoint']}"
+            case "unconfigured":
+                return f"No model selected. Run: vllmctl model set {document['instance']} MODEL"
+            case "starting" | "proven":
+                return f"Starting: {document['phase'] or 'engine'}{self._progress_text()}"
+            case "checking":
+                return "Checking the host"
+            case "resolving":
+                return f"Resolving the model{self._progress_text()}"
+            case "draining":
+                return "Stopping: requests in flight may finish"
+            case "killing":
+                return "Stopping: ending every process"
+            case state:
+                return str(state).capitalize()
+
+    def _progress_text(self) -> str:
+        progress = self.document["progress"]
+        fraction = progress["fraction"]
+        percent = "" if fraction is None else f" {fraction:.0%}"
+        return percent + (f", {progress['text']}" if progress["text"] else "")

@@ -1,0 +1,248 @@
+"""One launch of the engine: spawned in its own family, read line by line, proved, terminated, killed to the last process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from vllmd.config.redact import redact_argv, redact_text
+from vllmd.core import events as ev
+from vllmd.core.plan import Command, Plan, ResolvedModel
+from vllmd.engines.protocol import Context, Engine
+from vllmd.errors import EngineFailed
+from vllmd.instance import record
+from vllmd.instance.board import Board, now_text
+from vllmd.instance.checking import PortHold
+from vllmd.instance.clockwork import Clockwork
+from vllmd.instance.output import Output, example
+from vllmd.instance.probing import Probe, healthy, prove
+from vllmd.instance.startwatch import StartWatch
+from vllmd.models import store
+from vllmd.preflight import ports
+from vllmd.system import launch as launches
+from vllmd.system.cgroup import Family
+from vllmd.system.files import storage_error
+from vllmd.system.host import boot_id
+from vllmd.system.journal import Journal, Stderr
+from vllmd.system.lines import LineReader
+from vllmd.system.process import Child, ExitStatus, SpawnSpec, spawn
+
+
+class EngineLife:
+    """`post` takes events. Nothing here knows the lifecycle's state."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        plan: Plan,
+        context: Context,
+        family: Family,
+        *,
+        post: Callable[[ev.Event], None],
+        journal: Journal | Stderr,
+        board: Board,
+        clockwork: Clockwork,
+    ) -> None:
+        self.engine = engine
+        self.plan = plan
+        self.context = context
+        self.family = family
+        self._post = post
+        self._journal = journal
+        self._board = board
+        self._state = context.paths.instance_state(plan.instance)
+        self._secrets: tuple[str, ...] = plan.command.secrets
+        self.output = Output(engine, journal, self._redacted, self._heard)
+        self.start = StartWatch(plan.deadlines, clockwork, family.cpu_s)
+        self._child: Child | None = None
+        self._exit: ExitStatus | None = None
+        self._readers: list[LineReader] = []
+        self._background: list[asyncio.Task[None]] = []
+        self._model: ResolvedModel | None = None
+        self._hold = contextlib.ExitStack()
+        self._port = PortHold(context, plan)
+        self._private: list[Path] = []
+        self.probe = Probe(
+            endpoint=plan.endpoints[0],
+            health_path=engine.health_path,
+            interval_s=context.config.start.probe_interval_s,
+            proof_timeout_s=context.config.start.proof_timeout_s,
+            listeners=ports.listeners_of,
+            is_ours=family.contains,
+        )
+
+    async def sweep(self) -> None:
+        """Ends what an earlier life of this instance left (its supervisor was killed): our own, and nothing else."""
+        swept = await self.family.sweep()
+        swept += await launches.recover(self._state)
+        for leftover in swept:
+            self._journal.event("leftovers-swept", f"ended what an earlier launch had left: {leftover}", priority=4)
+
+    # -- spawn
+
+    async def launch(self, model: ResolvedModel) -> None:
+        """Port lock, cheap checks again, launch record, exec. What was started is ended by `kill`, also half-way."""
+        self._model = model
+        self._hold.callback(store.hold(model).close)
+        await self._port.take()
+        command = self.engine.command(self.context, str(model.directory))
+        self._secrets = command.secrets
+        self._write_private(command)
+        launch_id = uuid.uuid4().hex
+        self._board.phase("spawn")
+        self._board.set(launch_id=launch_id)
+        self._journal.bind(launch=launch_id)
+        self.family.prepare(launch_id)
+        spec = SpawnSpec(
+            argv=command.argv,
+            env={**command.env, "VLLMD_LAUNCH_ID": launch_id},
+            cgroup=self.family.cgroup_dir,
+            cwd=str(self.context.paths.cache),
+        )
+        self._child = await spawn(spec, lambda pid, start_time: self._write_launch(launch_id, pid, start_time))
+        self._attach(self._child)
+        self._board.set(engine={**(self._board.document["engine"] or {}), "pid": self._child.pid})
+        argv = " ".join(redact_argv(command.argv, command.secrets))
+        self._journal.event("engine-spawned", f"engine spawned: {argv}", priority=6, pid=self._child.pid, family=self.family.describe())
+
+    def _write_private(self, command: Command) -> None:
+        for name, content in command.private_files.items():
+            path = Path(name)
+            try:
+                path.unlink(missing_ok=True)
+                descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
+            except OSError as error:
+                raise storage_error(error, f"write {path}") from error
+            self._private.append(path)
+            with open(descriptor, "w", encoding="utf-8") as stream:
+                stream.write(content)
+
+    def _write_launch(self, launch_id: str, pid: int, start_time: int) -> None:
+        launches.write(
+            self._state,
+            launches.Launch(
+                launch_id=launch_id,
+                boot_id=boot_id(),
+                pid=pid,
+                start_time=start_time,
+                cgroup=self.family.cgroup_dir,
+                uid=os.getuid(),
+                started_at=now_text(),
+            ),
+        )
+
+    def _attach(self, child: Child) -> None:
+        log = self.context.config.log
+        for descriptor in (child.stdout, child.stderr):
+            reader = LineReader(
+                descriptor, self.output.line, lines_per_s=log.lines_per_s, line_max_bytes=log.line_max_bytes,
+                on_dropped=self.output.lost,
+            )  # fmt: skip
+            reader.attach(asyncio.get_running_loop())
+            self._readers.append(reader)
+        self._background.append(asyncio.create_task(self._wait(child)))
+        self._background.append(asyncio.create_task(self._expire()))
+
+    async def _wait(self, child: Child) -> None:
+        self._exit = await child.wait()
+        # Its last lines are still in the pipes; they hold the cause.
+        for reader in self._readers:
+            reader.drain()
+        where = f" while {self._board.document['phase']}" if self._board.document["phase"] != "ready" else ""
+        cause = self.output.cause()
+        what = f"the engine ended by itself ({self._exit.describe()}){where}" + (f": {cause}" if cause else "")
+        hint = f"journalctl -u vllmd@{self.plan.instance} VLLMD_LAUNCH={self._board.document['launch_id']}"
+        self._journal.event("engine-exited", f"the engine's main process is gone ({self._exit.describe()})", priority=5)
+        self._post(ev.EngineExited(record.failure_of(EngineFailed("engine_exited", what, hint))))
+
+    async def _expire(self) -> None:
+        failure = await self.start.expire(lambda: str(self._board.document["phase"]))
+        kind = "start-timeout" if failure.code == "start_timeout" else "start-stalled"
+        self._journal.event(kind, failure.what, priority=3, hint=failure.hint)
+        self._post(ev.StartExpired(failure))
+
+    # -- start
+
+    def _heard(self, fact: Any) -> None:
+        self.start.fact(fact)
+        if fact.phase and fact.phase != self._board.document["phase"] and self._board.document["state"] == "starting":
+            self._board.phase(fact.phase)
+            self._journal.event("phase", f"phase {fact.phase}", priority=6, phase=fact.phase)
+        if fact.fraction is not None:
+            self._board.progress(fact.fraction)
+
+    async def prove(self) -> str:
+        """Waits for /health, gives the port's lock back, and asks for the proof of life; returns what proved it."""
+        await healthy(self.probe)
+        self._port.release()
+        config = self.context.config
+        if config.start.proof == "health":
+            return "/health"
+        assert self._model is not None
+        task = config.serve.task
+        task = self.engine.task(self.context, self._model.directory) if task == "auto" else task
+        self._board.phase("proof")
+        proofs = self.engine.proofs(self.context, task)
+        return await prove(self.probe, proofs, lambda text: self._board.progress(None, text))
+
+    def rest(self) -> None:
+        """The start is over: its clocks stop."""
+        for task in self._background[1:]:
+            task.cancel()
+
+    def show_example(self) -> None:
+        """For a person in the foreground: a request that works."""
+        shown = getattr(self.engine, "example", None)
+        if shown is None or self._model is None:
+            return
+        sample = shown(self.context, self._model.directory)
+        if sample is not None:
+            path, body = sample
+            text = example(self.plan.endpoints[0], json.dumps(body), path, with_key=bool(self._secrets))
+            self._journal.event("", f"try: {text}", priority=5)
+
+    # -- end
+
+    def terminate(self) -> None:
+        """SIGTERM to the main process: vLLM drains by itself, as --shutdown-timeout says."""
+        if self._child is not None and self._exit is None:
+            self._child.signal(signal.SIGTERM)
+
+    async def kill(self) -> str:
+        """Kills what is left of the launch; '' when nothing is, else what cannot be killed."""
+        for task in self._background:
+            task.cancel()
+        self.family.kill()
+        empty = await self.family.wait_empty(self.plan.deadlines.kill_s)
+        for reader in self._readers:
+            reader.drain()
+            reader.close()
+        self._clean()
+        if not empty:
+            return ", ".join(f"pid {pid}" for pid in self.family.pids()) or "unknown processes"
+        if self._child is not None:
+            self._child.close()
+        self.family.remove()
+        launches.forget(self._state)
+        return ""
+
+    def _clean(self) -> None:
+        self._port.release()
+        self._hold.close()
+        for path in self._private:
+            path.unlink(missing_ok=True)
+
+    def last_words(self) -> dict[str, Any]:
+        """What last.json says beside the error."""
+        exit_status = self._exit.describe() if self._exit else None
+        return {"engine_exit": exit_status, "phase": self._board.document["phase"], "lines": list(self.output.lines)[-20:]}
+
+    def _redacted(self, text: str) -> str:
+        return redact_text(text, self._secrets)

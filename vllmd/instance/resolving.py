@@ -1,0 +1,66 @@
+"""The resolve stage, seen from the daemon: a child that speaks JSON lines and is killed when it is no longer wanted."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+
+from vllmd.errors import EngineFailed, VllmdError
+from vllmd.models import wire
+
+LINE_LIMIT = 1 << 20
+
+
+async def resolve(
+    request: bytes, environ: Mapping[str, str], on_event: Callable[[wire.Progress | wire.Resolved | wire.Verified], None]
+) -> None:
+    """Runs the child to its end; raises the VllmdError that it reported. Cancelling kills it."""
+    child = subprocess.Popen(
+        [sys.executable, "-m", "vllmd.models.fetch"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=dict(environ),
+        start_new_session=True,
+    )
+    try:
+        await _converse(child, request, on_event)
+    finally:
+        child.kill()
+        child.wait()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                pipe.close()
+
+
+async def _converse(
+    child: subprocess.Popen[bytes],
+    request: bytes,
+    on_event: Callable[[wire.Progress | wire.Resolved | wire.Verified], None],
+) -> None:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(request)  # far below a pipe's 64 KiB: does not block
+    child.stdin.flush()
+    reader = asyncio.StreamReader(limit=LINE_LIMIT)
+    transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), child.stdout
+    )
+    verified = False
+    try:
+        while line := await reader.readline():
+            event = wire.decode_event(line)
+            if isinstance(event, wire.Failed):
+                raise event.error
+            verified = verified or isinstance(event, wire.Verified)
+            on_event(event)
+    finally:
+        transport.close()
+    if not verified:
+        raise _died(child)
+
+
+def _died(child: subprocess.Popen[bytes]) -> VllmdError:
+    what = "the resolver ended without an answer"
+    return EngineFailed("resolver_died", what, "its last lines are in the journal; was it killed for want of memory?")

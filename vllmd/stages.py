@@ -1,0 +1,90 @@
+"""config -> plan: what every command does first. The stages after it live in preflight, models and engines; the daemon runs them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllmd.config import layers
+from vllmd.config.layers import Loaded
+from vllmd.config.paths import Paths
+from vllmd.config.settings import Config
+from vllmd.core.plan import MODEL_PLACEHOLDER, Deadlines, Installed, ModelRequest, Plan
+from vllmd.engines import registry
+from vllmd.engines.protocol import Context, Engine
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An instance's configuration, parsed, with the engine that it names."""
+
+    instance: str
+    paths: Paths
+    environ: Mapping[str, str]
+    loaded: Loaded
+    engine: Engine
+
+    @property
+    def config(self) -> Config:
+        return self.loaded.config
+
+
+def prepare(
+    instance: str, paths: Paths, environ: Mapping[str, str], overrides: Mapping[str, object] | None = None
+) -> Prepared:
+    """Reads and checks the layers. ConfigError names the file, line and key."""
+    engines: dict[str, Engine] = {}
+
+    def tuning_for(name: str) -> type[Any]:
+        engines[name] = registry.get(name)
+        return engines[name].tuning
+
+    loaded = layers.load(paths, instance, environ, overrides or {}, tuning_for)
+    return Prepared(instance, paths, environ, loaded, engines[loaded.config.engine.name])
+
+
+def model_request(config: Config, paths: Paths) -> ModelRequest:
+    """Which model is wanted: an id is ORG/NAME, a name is its last part, a directory's name is its own."""
+    model = config.model
+    name = model.name or model.id.rpartition("/")[2] or model.path.rstrip("/").rpartition("/")[2]
+    identifier = model.id or (f"{model.org}/{model.name}" if model.org and model.name else "")
+    store = paths.models if not model.dir else type(paths.models)(model.dir)
+    return ModelRequest(name, identifier, model.revision, model.path, model.sources, store)
+
+
+def context(prepared: Prepared) -> Context:
+    """The installed engine, looked up (nothing is run). ConfigError when there is none."""
+    installed: Installed = prepared.engine.installed(prepared.config, prepared.paths, prepared.environ)
+    return Context(prepared.config, prepared.paths, prepared.instance, installed, prepared.environ)
+
+
+def deadlines(config: Config) -> Deadlines:
+    return Deadlines(
+        stall_s=config.start.stall_timeout_s,
+        start_s=config.start.start_timeout_s,
+        shutdown_s=config.stop.shutdown_timeout_s,
+        start_grace_s=config.stop.start_grace_s,
+        kill_s=config.stop.kill_timeout_s,
+        proof_s=config.start.proof_timeout_s,
+    )
+
+
+def plan(prepared: Prepared, where: Context) -> Plan:
+    """Everything decided; the engine's own checks included. ConfigError on what cannot work."""
+    config, engine = prepared.config, prepared.engine
+    warnings = engine.check(where)
+    request = model_request(config, prepared.paths)
+    return Plan(
+        instance=prepared.instance,
+        engine=engine.name,
+        installed=where.installed,
+        model=request,
+        served_name=config.serve.served_model_name or request.name,
+        task=config.serve.task,
+        endpoints=engine.endpoints(where),
+        command=engine.command(where, MODEL_PLACEHOLDER),
+        deadlines=deadlines(config),
+        gpus=config.gpus,
+        warnings=(*prepared.loaded.warnings, *warnings),
+    )

@@ -1,0 +1,92 @@
+"""What the verbs of `vllmd` do, once the command line is parsed."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import traceback
+from collections.abc import Mapping
+
+from vllmd import stages
+from vllmd.config.paths import Paths
+from vllmd.errors import VllmdError
+
+
+def _environ() -> Mapping[str, str]:
+    """The environment without what speaks to systemd: no child may notify in our name."""
+    return {name: value for name, value in os.environ.items() if name not in {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC"}}
+
+
+def run(options: argparse.Namespace, paths: Paths) -> int:
+    """The daemon. Whatever ends it is said three times: in the journal, in last.json, in STATUS=."""
+    import asyncio
+
+    from vllmd.daemon import Daemon
+    from vllmd.instance import record
+    from vllmd.system.journal import open_journal
+    from vllmd.system.notify import Notifier
+
+    notifier = Notifier.from_environ(os.environ)
+    environ = _environ()
+    journal = open_journal(environ, {"VLLMD_INSTANCE": options.name})
+    try:
+        prepared = stages.prepare(options.name, paths, environ, options.overrides)
+        return asyncio.run(Daemon(prepared, notifier, journal).run())
+    except VllmdError as error:
+        failure = record.failure_of(error)
+    except Exception as error:
+        journal.event("failed", traceback.format_exc(), priority=2)
+        failure = record.bug(error)
+    finally:
+        journal.close()
+    notifier.status(f"Failed: {failure.what}" + (f" ({failure.hint})" if failure.hint else ""))
+    journal.event("failed", failure.what, priority=3, code=failure.code, hint=failure.hint, exit_status=failure.status)
+    record.write_last(paths.instance_state(options.name), options.name, failure.status, failure)
+    journal.close()
+    return failure.status
+
+
+def check(options: argparse.Namespace, paths: Paths) -> int:
+    from vllmd.check import check_all, check_one
+
+    if options.name is None:
+        return check_all(paths, _environ(), options.overrides)
+    return check_one(
+        options.name, paths, _environ(), options.overrides, as_json=options.json, show_origin=options.show_origin
+    )
+
+
+def preflight(options: argparse.Namespace, paths: Paths) -> int:
+    from vllmd.instance.checking import preflight_request
+    from vllmd.preflight import run as preflights
+
+    prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
+    where = stages.context(prepared)
+    request = preflight_request(prepared, where, stages.plan(prepared, where), dry_run=options.dry_run)
+    report = preflights.run(request)
+    print(json.dumps(report.as_dict()))
+    return report.code
+
+
+def resolve(options: argparse.Namespace, paths: Paths) -> int:
+    from vllmd.models.command import resolve_report
+
+    prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
+    request = stages.model_request(prepared.config, paths)
+    return resolve_report(request, prepared.config.model, prepared.environ)
+
+
+def serve(options: argparse.Namespace, paths: Paths) -> int:
+    from vllmd.engines.serve_command import serve_instance
+
+    prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
+    where = stages.context(prepared)
+    stages.plan(prepared, where)
+    rest = options.rest[1:] if options.rest[:1] == ["--"] else options.rest
+    request = stages.model_request(prepared.config, paths)
+    return serve_instance(
+        where, prepared.engine, request, rest, print_cmd=options.print_cmd, dry_run=options.dry_run
+    )
+
+
