@@ -1,0 +1,170 @@
+"""One row per kind of event: its MESSAGE_ID, and what `journalctl -x` explains about it.
+
+The journal adapter looks up ids here, and units/vllmd.catalog is printed from here
+(`python -m vllmd.system.messages > units/vllmd.catalog`; a test fails on drift). An id is fixed for ever once released:
+operators match on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_UNIT = "vllmd@@VLLMD_INSTANCE@.service"
+_LOOK = "vllmctl status @VLLMD_INSTANCE@"
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """`subject` is the catalog's headline, `text` what it means and what to do; @FIELD@ is filled in by journalctl."""
+
+    id: str
+    subject: str
+    text: str
+
+
+MESSAGES: dict[str, Kind] = {
+    "starting": Kind(
+        "32c61cab6bbf4c6fbfbad5dc5f5e264a",
+        "Instance @VLLMD_INSTANCE@ is starting",
+        "The supervisor has read its configuration and begins with the checks of this machine.\n"
+        "Nothing needs to be done. `systemctl start` returns when the model answers requests.",
+    ),
+    "preflight-passed": Kind(
+        "51093f80307b4c3596e1418424eb8a86",
+        "The machine is fit for instance @VLLMD_INSTANCE@",
+        "The port is free (or was freed of what an earlier life of this instance left) and the GPUs are usable.\n"
+        "Nothing needs to be done.",
+    ),
+    "preflight-failed": Kind(
+        "4c1567c734f24932b2793b6d4f06e9ea",
+        "Instance @VLLMD_INSTANCE@ was not started: the machine is not fit for it",
+        "A check before the start failed: mostly another program that listens on the wanted port, or a GPU that is\n"
+        "missing, too hot or full. The message names it, and what to do. Nothing was stopped that is not ours.\n"
+        "`vllmd preflight @VLLMD_INSTANCE@` repeats the checks by hand.",
+    ),
+    "model-resolved": Kind(
+        "72da2f57716d4912ba0690dc8e699297",
+        "The model of instance @VLLMD_INSTANCE@ was found and verified",
+        "The message names the directory that the engine is given, and the source it came from.\nNothing needs to be done.",
+    ),
+    "model-failed": Kind(
+        "cdf33dea3fef4d9fb84c07a545d75efc",
+        "Instance @VLLMD_INSTANCE@ has no usable model",
+        "No source has the model (status 66, tried again later), or what is there is not valid (status 65, not tried\n"
+        "again: the same files would fail again). The message lists each source with its reason.\n"
+        "`vllmd resolve @VLLMD_INSTANCE@` repeats the search by hand.",
+    ),
+    "engine-spawned": Kind(
+        "691f0e82258d4017b6ebe254871d241b",
+        "The engine of instance @VLLMD_INSTANCE@ was started",
+        "The engine runs as process @VLLMD_PID@ and loads its model. It is not ready yet.\nNothing needs to be done.",
+    ),
+    "phase": Kind(
+        "c28b9fab3fa34b5bb4d1f95b71f2649c",
+        "The start of instance @VLLMD_INSTANCE@ made progress",
+        "The engine reached the phase @VLLMD_PHASE@.\nNothing needs to be done.",
+    ),
+    "engine-ready": Kind(
+        "d008bacaea1e44afa056921240bc1724",
+        "Instance @VLLMD_INSTANCE@ serves its model",
+        "The engine answered a real request of the model's task. Clients can be sent to it.\nNothing needs to be done.",
+    ),
+    "engine-exited": Kind(
+        "d4115b9202da4e7187da86791e4d33aa",
+        "The engine of instance @VLLMD_INSTANCE@ ended by itself",
+        "Nobody asked the engine to end, so this is a failure whatever its exit status says (vLLM exits 0 after its\n"
+        "worker was killed). The cause stands in the engine's last lines before this one, and where memory ran out,\n"
+        f"in the kernel's log: `journalctl -u {_UNIT} -e` and `journalctl -k -e`.\n"
+        "systemd starts the instance again, up to its start limit.",
+    ),
+    "engine-unhealthy": Kind(
+        "fa9815edd67d4ea29146741937419fc7",
+        "The engine of instance @VLLMD_INSTANCE@ says that it is broken",
+        "The engine refused the health question several times in a row, or nobody listens where it served. The instance\n"
+        "is ended and systemd starts it again. A slow answer never leads here.\n"
+        f"The engine's last lines say why: `journalctl -u {_UNIT} -e`.",
+    ),
+    "start-stalled": Kind(
+        "1a55071f0857421a9c1af6a898eefaff",
+        "The start of instance @VLLMD_INSTANCE@ makes no progress",
+        "For longer than start.stall_timeout_s no new phase, byte or percentage was seen. The start was ended and\n"
+        "systemd tries again. Where a start is rightly that slow (a compilation, a cold network file system), raise\n"
+        "start.stall_timeout_s in the instance's file.",
+    ),
+    "start-timeout": Kind(
+        "9f9a363498774c20b469e7fe158ec388",
+        "The start of instance @VLLMD_INSTANCE@ takes too long",
+        "The engine was not ready within start.start_timeout_s, although it moved. The start was ended and systemd\n"
+        "tries again. Where the model rightly needs longer, raise start.start_timeout_s in the instance's file.",
+    ),
+    "stopping": Kind(
+        "cc444b4da0454c718b9db445ed9abbcc",
+        "Instance @VLLMD_INSTANCE@ is stopping",
+        "Requests in flight get stop.shutdown_timeout_s to finish; then everything left is killed.\nNothing needs to be done.",
+    ),
+    "stopped": Kind(
+        "6ed72f99f64343d3b0b08ddcb0370f5e",
+        "Instance @VLLMD_INSTANCE@ has stopped",
+        "It was asked to stop and left no process behind.\nNothing needs to be done.",
+    ),
+    "failed": Kind(
+        "fd39de1393094ad7a6ef5edef190c153",
+        "Instance @VLLMD_INSTANCE@ has failed",
+        "The supervisor ends with the status that the message names; the first message above it with this instance's\n"
+        "name and priority err says what happened. Statuses 2, 3, 64, 65, 69, 77 and 78 are not tried again, because\n"
+        f"a restart cannot help: repair what the message says, then `systemctl start {_UNIT}`.\n"
+        f"`{_LOOK}` shows the reason again.",
+    ),
+    "unconfigured": Kind(
+        "fb89dd0b41744df9bf02860c300003cd",
+        "Instance @VLLMD_INSTANCE@ has no model selected",
+        "The unit is up and waits; it holds no GPU and no port. Name a model in the instance's file\n"
+        "(`model: ORG/NAME`), then `systemctl restart " + _UNIT + "`.",
+    ),
+    "reloaded": Kind(
+        "1870bf442a424f11b7514541ccec2fee",
+        "Instance @VLLMD_INSTANCE@ has read its configuration again",
+        "All changes are in force.\nNothing needs to be done.",
+    ),
+    "reload-needs-restart": Kind(
+        "ca3280b5cf204b89a66b6c487a004387",
+        "Changes to instance @VLLMD_INSTANCE@ wait for a restart",
+        "The configuration was read again, but the settings that the message names are in force only after\n"
+        f"`systemctl restart {_UNIT}`, which interrupts serving.",
+    ),
+    "leftovers-swept": Kind(
+        "5844fe9d033c41e3aa737923d401934b",
+        "An earlier life of instance @VLLMD_INSTANCE@ left processes, which were ended",
+        "The supervisor had been killed before it could stop its engine. The processes held GPU memory; they are gone.\n"
+        "If this comes back, find out what kills the supervisor: `journalctl -k -e` names the out-of-memory killer.",
+    ),
+    "unkillable": Kind(
+        "244be7f95d524fc1b5d9822515748368",
+        "Processes of instance @VLLMD_INSTANCE@ cannot be killed",
+        "They were sent SIGKILL and are still there after stop.kill_timeout_s: they sit in a system call that does not\n"
+        "return, mostly in a GPU driver or a dead network file system (`ps -o pid,state,wchan:30,cmd -p PID`, state D).\n"
+        "`journalctl -k -e` mostly shows why. Often only a reboot frees what they hold.",
+    ),
+    "lines-dropped": Kind(
+        "449d236bf9644d53b2cbe57358dddd17",
+        "Lines of the engine of instance @VLLMD_INSTANCE@ were dropped",
+        "The engine wrote more than log.lines_per_s, or the journal did not take what we sent for a while. The\n"
+        "supervisor's own messages are dropped last. `systemctl status systemd-journald` shows whether it runs.",
+    ),
+}
+
+
+def message_id(event: str) -> str:
+    """32 hex digits; KeyError for an event that has no row (a bug)."""
+    return MESSAGES[event].id
+
+
+def catalog() -> str:
+    """The journal's message catalog, as units/vllmd.catalog."""
+    head = "# Made by `python -m vllmd.system.messages`; change vllmd/system/messages.py instead.\n"
+    entry = "\n-- {id}\nSubject: {subject}\nDefined-By: vllmd\nDocumentation: man:vllmd(8)\n\n{text}\n"
+    return head + "".join(entry.format(id=kind.id, subject=kind.subject, text=kind.text) for kind in MESSAGES.values())
+
+
+if __name__ == "__main__":
+    print(catalog(), end="")
