@@ -10,6 +10,17 @@ from typing import Any, Protocol
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
 from vllmd.core.plan import Command, Endpoint, Installed
+from vllmd.errors import ConfigError
+
+
+class SettingRefused(ConfigError):
+    """A setting that the engine cannot take. `key` is its dotted key (`engine.args.foo`), so that whoever knows the
+    layers can say in which file and line it stands; `reason` is the rest of the sentence."""
+
+    def __init__(self, code: str, key: str, reason: str, hint: str = "") -> None:
+        super().__init__(code, f"{key}: {reason}", hint)
+        self.key = key
+        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,190 @@
+"""vLLM behind the engine protocol: the only place, with its neighbours vllm_*.py, that knows its flags, logs and habits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from vllmd.config.paths import Paths
+from vllmd.config.settings import Config
+from vllmd.core.plan import Command, Endpoint, Installed
+from vllmd.engines import (
+    environment,
+    record,
+    vllm_check,
+    vllm_config_file,
+    vllm_flags,
+    vllm_logs,
+    vllm_proof,
+    vllm_task,
+    vllm_tuning,
+)
+from vllmd.engines.protocol import Context, LogFact, ProofRequest
+from vllmd.errors import ConfigError
+
+_DEFAULT_MEMORY_FRACTION = 0.92
+"""vLLM's own --gpu-memory-utilization (0.32; it was 0.9 before)."""
+
+
+class Vllm:
+    name = "vllm"
+    tuning = vllm_tuning.Tuning
+    health_path = "/health"
+    phases: Sequence[str] = vllm_logs.PHASES
+    artifact = "huggingface"
+
+    def installed(self, config: Config, paths: Paths, environ: Mapping[str, str]) -> Installed:
+        return record.describe(_executable(config, paths, environ))
+
+    def check(self, context: Context) -> list[str]:
+        return vllm_check.check(context)
+
+    def endpoints(self, context: Context) -> tuple[Endpoint, ...]:
+        serve = context.config.serve
+        if serve.listen == "uds":
+            return (Endpoint("uds", path=vllm_check.socket_path(context)),)
+        return (Endpoint("tcp", host=serve.host, port=serve.port),)
+
+    def command(self, context: Context, model: str) -> Command:
+        keys = _keys(context)
+        config_path, private = _config_file(context, keys)
+        argv = (context.installed.executable, "serve", model, *_always(context, config_path), *tuned(context), *_chosen(context))
+        return Command(argv, _environment(context), private, (*keys, *_secret_values(context)))
+
+    def task(self, context: Context, model: Path) -> str:
+        arguments = vllm_check.arguments(context)
+        if arguments.get("headless") not in (None, False):
+            return "joined"
+        wanted = context.config.serve.task
+        return vllm_task.task_of(model, arguments) if wanted == "auto" else wanted
+
+    def proofs(self, context: Context, task: str) -> tuple[ProofRequest, ...]:
+        keys = _keys(context)
+        return vllm_proof.proofs(task, served_name(context.config), keys[0] if keys else "")
+
+    def memory_fraction(self, context: Context) -> float:
+        said = context.config.tuning.gpu_memory_utilization or vllm_check.arguments(context).get("gpu-memory-utilization")
+        try:
+            return float(said) if said else _DEFAULT_MEMORY_FRACTION
+        except (TypeError, ValueError):
+            return _DEFAULT_MEMORY_FRACTION
+
+    def read_line(self, line: str) -> LogFact:
+        return vllm_logs.read_line(line)
+
+
+def served_name(config: Config) -> str:
+    """The name that clients use: the configured one, else the model's own."""
+    model = config.model
+    return config.serve.served_model_name or model.name or model.id.rpartition("/")[2] or model.path.rstrip("/").rpartition("/")[2]
+
+
+def _executable(config: Config, paths: Paths, environ: Mapping[str, str]) -> Path:
+    """engine.executable, else the engine that `vllmctl engine` chose, else vllm on PATH (D20)."""
+    if config.engine.executable:
+        chosen = Path(config.engine.executable)
+        if not chosen.is_file():
+            raise ConfigError("engine_missing", f"engine.executable: there is no file {chosen}", "correct it, or remove it and run `vllmctl engine install`")
+        return chosen
+    current = paths.engines / record.CURRENT / "bin/vllm"
+    if current.is_file():
+        return current
+    found = shutil.which("vllm", path=environ.get("PATH", ""))
+    if found is None:
+        raise ConfigError("engine_missing", f"no vLLM: neither in {paths.engines} nor on PATH", "run `vllmctl engine install`")
+    return Path(found)
+
+
+def _keys(context: Context) -> tuple[str, ...]:
+    return vllm_config_file.api_keys(context.config.serve.api_key, context.environ)
+
+
+def _config_file(context: Context, keys: tuple[str, ...]) -> tuple[str, dict[str, str]]:
+    """Path for --config ('' for none), and the private file to write there where the user's own does not do as it is."""
+    path = context.config.engine.config_file
+    entries: Mapping[str, Any] = vllm_config_file.read(path)[0] if path else {}
+    kept = vllm_config_file.without_owned(entries, context.installed)
+    if not keys and len(kept) == len(entries) and path.endswith((".yaml", ".yml", "")):
+        return path, {}
+    private = str(context.paths.instance_runtime(context.instance) / vllm_config_file.PRIVATE_NAME)
+    return private, {private: vllm_config_file.text(kept, keys)}
+
+
+def _always(context: Context, config_path: str) -> list[str]:
+    """What stands on every command line, because it must win over any configuration file (D36)."""
+    serve, tuning, flags = context.config.serve, context.config.tuning, context.installed.flags
+    argv = ["--config", config_path] if config_path else []
+    if serve.listen == "uds":
+        argv += ["--uds", vllm_check.socket_path(context)]
+    else:
+        argv += ["--host", serve.host, "--port", str(serve.port)]
+    argv += ["--served-model-name", served_name(context.config)]
+    argv += ["--tensor-parallel-size", str(tuning.tensor_parallel_size), "--pipeline-parallel-size", str(tuning.pipeline_parallel_size)]
+    if tuning.data_parallel_size > 1:
+        argv += ["--data-parallel-size", str(tuning.data_parallel_size)]
+    if "--shutdown-timeout" in flags:
+        argv += ["--shutdown-timeout", str(round(context.config.stop.shutdown_timeout_s))]
+    return argv
+
+
+def tuned(context: Context) -> list[str]:
+    """vLLM's own settings that were set."""
+    tuning = context.config.tuning
+    argv: list[str] = []
+    if tuning.prefix_caching is not None:
+        argv.append("--enable-prefix-caching" if tuning.prefix_caching else "--no-enable-prefix-caching")
+    for flag in ("--kv-cache-dtype", "--max-model-len", "--max-num-batched-tokens", "--gpu-memory-utilization"):
+        value = getattr(tuning, vllm_flags.TUNED[flag])
+        if value:
+            argv += [flag, str(value)]
+    if tuning.max_tokens:
+        argv += ["--override-generation-config", json.dumps({"max_new_tokens": tuning.max_tokens})]
+    return argv
+
+
+def _chosen(context: Context) -> list[str]:
+    """`engine.args`, without what vllmd owns; the access log is off unless a person says otherwise."""
+    installed = context.installed
+    args = context.config.engine.args
+    argv = [argument for key, value in args.items() if not vllm_flags.owner(vllm_flags.dashed(key), installed) for argument in vllm_flags.render(key, value, installed)]
+    quiet = "--disable-uvicorn-access-log"
+    if quiet in installed.flags and quiet.removeprefix("--") not in vllm_check.arguments(context):
+        argv.append(quiet)
+    return argv
+
+
+def _environment(context: Context) -> dict[str, str]:
+    config, cache = context.config, context.paths.cache
+    defaults = {
+        "HOME": str(cache),
+        "XDG_CACHE_HOME": str(cache),
+        "VLLM_CACHE_ROOT": str(cache / "vllm"),
+        "VLLM_CONFIG_ROOT": str(cache / "vllm-config"),
+        "TRITON_CACHE_DIR": str(cache / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        "CUDA_CACHE_PATH": str(cache / "cuda"),
+        "HF_HUB_VERBOSITY": "info",
+    }
+    fixed = {
+        "PYTHONUNBUFFERED": "1",
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": config.engine.logging_level or "INFO",
+        **environment.visible_devices(config.gpus, context.environ.get("CUDA_VISIBLE_DEVICES")),
+    }
+    return environment.build(
+        context.environ,
+        ours=environment.our_names(vllm_tuning.Tuning),
+        given=config.engine.env,
+        defaults=defaults,
+        fixed=fixed,
+        path_first=str(Path(context.installed.executable).parent),
+    )
+
+
+def _secret_values(context: Context) -> list[str]:
+    return [value for name, value in context.config.engine.env.items() if environment.is_secret(name) and value]
