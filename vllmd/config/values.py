@@ -63,9 +63,12 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+_YAML_KIND: dict[type[object], str] = {bool: "true or false", int: "a number", float: "a number"}
+
+
 def string_of(value: object) -> str:
     if isinstance(value, bool | int | float):
-        raise ValueError(f"must be text, and YAML reads {shown(value)} as a {type(value).__name__}: write it in quotes")
+        raise ValueError(f"must be text, and YAML reads {shown(value)} as {_YAML_KIND[type(value)]}: write it in quotes")
     if not isinstance(value, str):
         raise ValueError(f"must be text, not {kind_of(value)}")
     if len(value) > MAX_TEXT:
