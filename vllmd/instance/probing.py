@@ -19,6 +19,7 @@ HEALTH_TIMEOUT_S = 5.0
 PROOF_TRIES = 3
 """An engine may answer its very first request with a 5xx while it warms up; three in a row are no accident."""
 RETRY_S = 1.0
+JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ async def _try(probe: Probe, proof: ProofRequest, say: Callable[[str], None]) ->
     for attempt in range(1, PROOF_TRIES + 1):
         say(f"asking for {proof.describe}" + (f", try {attempt}" if attempt > 1 else ""))
         answer = await request(
-            probe.endpoint, proof.method, proof.path, body=body, headers=proof.headers, timeout_s=probe.proof_timeout_s
+            probe.endpoint, proof.method, proof.path, body=body, headers={**JSON, **proof.headers}, timeout_s=probe.proof_timeout_s
         )
         complaint = judge(answer, proof)
         if not complaint or (answer.outcome == "answered" and answer.status == 404):
