@@ -1,0 +1,152 @@
+"""The instance's own HTTP server on a unix socket: GET /status and GET /metrics, for vllmctl and Prometheus.
+
+A client that sends nothing, or never reads, costs one of 32 places for ten seconds and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import socket
+import stat
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import h11
+
+from vllmd.errors import TryLater
+from vllmd.system.files import storage_error
+from vllmd.system.unixpath import short
+
+CONNECTIONS_MAX = 32
+CLIENT_TIMEOUT_S = 10.0
+_CHUNK = 1 << 14
+Route = Callable[[], tuple[str, bytes]]
+
+
+class ControlServer:
+    """`routes` maps a path to what gives (content type, body); called in the loop, so it must not block."""
+
+    def __init__(self, path: Path, routes: Mapping[str, Route], *, timeout_s: float = CLIENT_TIMEOUT_S) -> None:
+        self.path = path
+        self._routes = routes
+        self._timeout_s = timeout_s
+        self._server: asyncio.Server | None = None
+        self._inode = 0
+        self._open: set[asyncio.Task[None]] = set()
+
+    async def start(self) -> None:
+        """Listen, mode 0660. TryLater when another supervisor answers there; PermissionMissing, StorageFailed."""
+        try:
+            listener = _listen(self.path)
+            self._inode = self.path.lstat().st_ino
+        except OSError as error:
+            raise storage_error(error, f"listen on {self.path}") from error
+        self._server = await asyncio.start_unix_server(self._accept, sock=listener)
+
+    async def close(self) -> None:
+        """Idempotent. The socket's file is removed if it is still ours."""
+        if self._server is None:
+            return
+        self._server.close()
+        self._server = None
+        with contextlib.suppress(OSError):
+            if self.path.lstat().st_ino == self._inode:
+                self.path.unlink()
+        for task in list(self._open):
+            task.cancel()
+        await asyncio.gather(*self._open, return_exceptions=True)
+
+    def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if len(self._open) >= CONNECTIONS_MAX:
+            writer.transport.abort()
+            return
+        task = asyncio.create_task(self._serve(reader, writer))
+        self._open.add(task)
+        task.add_done_callback(self._open.discard)
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                writer.write(await self._answer(reader))
+                await writer.drain()
+                writer.close()
+                await writer.wait_closed()
+        except (TimeoutError, OSError):
+            pass
+        finally:
+            writer.transport.abort()
+
+    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
+        connection = h11.Connection(h11.SERVER, max_incomplete_event_size=16 << 10)
+        try:
+            request = await _read_request(reader, connection)
+        except h11.RemoteProtocolError:
+            return _response(connection, 400, "text/plain", b"bad request\n")
+        status, kind, body = self._route(request)
+        return _response(connection, status, kind, body)
+
+    def _route(self, request: h11.Request) -> tuple[int, str, bytes]:
+        route = self._routes.get(request.target.partition(b"?")[0].decode("latin-1"))
+        if route is None:
+            return 404, "text/plain", b"not found\n"
+        if request.method != b"GET":
+            return 405, "text/plain", b"only GET\n"
+        try:
+            kind, body = route()
+        except Exception as error:
+            asyncio.get_running_loop().call_exception_handler({"message": "a route of the control socket failed", "exception": error})
+            return 500, "text/plain", b"internal error\n"
+        return 200, kind, body
+
+
+async def _read_request(reader: asyncio.StreamReader, connection: h11.Connection) -> h11.Request:
+    while True:
+        event: Any = connection.next_event()
+        if isinstance(event, h11.Request):
+            return event
+        if event is not h11.NEED_DATA:
+            raise ConnectionResetError("no request")
+        connection.receive_data(await reader.read(_CHUNK))
+
+
+def _response(connection: h11.Connection, status: int, kind: str, body: bytes) -> bytes:
+    headers = [("Content-Type", kind), ("Content-Length", str(len(body))), ("Connection", "close"), ("Cache-Control", "no-store")]
+    sent = connection.send(h11.Response(status_code=status, headers=headers)) or b""
+    return sent + (connection.send(h11.Data(data=body)) or b"") + (connection.send(h11.EndOfMessage()) or b"")
+
+
+def _listen(path: Path) -> socket.socket:
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+    try:
+        with short(path) as name:
+            listener.bind(name)
+            os.chmod(path, 0o660)  # noqa: PTH101 - before listen: until then nobody can connect
+        listener.listen(CONNECTIONS_MAX)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """Only a socket of ours where nobody answers; bind refuses everything else with EADDRINUSE."""
+    try:
+        about = path.lstat()
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(about.st_mode) or about.st_uid != os.geteuid():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC) as probe:
+        try:
+            with short(path) as name:
+                probe.connect(name)
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:
+            pass  # its backlog is full: somebody is there
+    raise TryLater("control_socket_in_use", f"another supervisor answers on {path}", "Stop the other one first: `vllmctl status` shows it.")
