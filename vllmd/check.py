@@ -10,6 +10,7 @@ from typing import Any
 
 from vllmd import stages
 from vllmd.config import show
+from vllmd.config.layers import instance_names
 from vllmd.config.paths import Paths
 from vllmd.config.redact import redact_argv, redact_text
 from vllmd.core.plan import Plan
@@ -31,13 +32,13 @@ def check_one(
     print(_text(plan, prepared))
     if show_origin:
         print()
-        print(show.origins_text(prepared.loaded))
+        print(show.origin_table(prepared.loaded))
     return 0
 
 
 def check_all(paths: Paths, environ: Mapping[str, str], overrides: Mapping[str, object]) -> int:
     """Every instance that has a file; the first bad one's status is the command's."""
-    names = sorted(path.stem for path in paths.config.glob("*.yaml") if path.name != "vllmd.yaml")
+    names = instance_names(paths)
     if not names:
         raise ConfigError("no_instance", f"no instance is configured in {paths.config}", f"write {paths.config}/NAME.yaml")
     status = 0
@@ -95,7 +96,7 @@ def describe(plan: Plan | None, prepared: Prepared) -> dict[str, Any] | None:
 def _text(plan: Plan | None, prepared: Prepared) -> str:
     document = describe(plan, prepared)
     if document is None:
-        return f"{prepared.instance}: valid, no model selected (run: vllmctl model set {prepared.instance} MODEL)"
+        return f"{prepared.instance}: valid, no model selected (set 'model:' in {prepared.paths.instance_config(prepared.instance)})"
     engine, model, bounds = document["engine"], document["model"], document["deadlines"]
     rows = [
         ("model", f"{model['identity']} (from {', '.join(model['sources'])}), served as {document['served_name']}"),

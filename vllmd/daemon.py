@@ -48,8 +48,12 @@ class Daemon:
         self.journal = journal
         self.life = Life()
         self.model: ResolvedModel | None = None
+        paths, name = prepared.paths, prepared.instance
         self.board = Board(
-            prepared.instance, prepared.paths.instance_runtime(prepared.instance) / "status.json", notifier.status
+            name,
+            paths.instance_runtime(name) / "status.json",
+            notifier.status,
+            configuration=paths.instance_config(name),
         )
         self.clockwork = Clockwork(notifier)
         self._events: asyncio.Queue[Any] = asyncio.Queue()
@@ -72,7 +76,7 @@ class Daemon:
             loop.add_signal_handler(number, self.post, event)
         self.journal.attach(loop)
         with InstanceLock(self.prepared.paths, self.prepared.instance):
-            control = await serve_control(self)
+            control = await serve_control(self.board, self.journal, lambda: self._engine.output.dropped if self._engine else 0)
             self._task("ticks", self._ticks())
             try:
                 await self._begin()
@@ -89,7 +93,16 @@ class Daemon:
             self._plan = stages.plan(self.prepared, self._context)
             self.board.plan(self._plan)
             family = choose_family(self.prepared.environ)
-            self._engine = EngineLife(self, self._plan, self._context, family)
+            self._engine = EngineLife(
+                self.prepared.engine,
+                self._plan,
+                self._context,
+                family,
+                post=self.post,
+                journal=self.journal,
+                board=self.board,
+                clockwork=self.clockwork,
+            )
             for warning in self._plan.warnings:
                 self.journal.event("starting", warning, priority=4)
             await self._engine.sweep()

@@ -33,8 +33,9 @@ class Board:
     """`path` is status.json; `tell` gets the STATUS= line whenever it changes. Written at once when the state changes,
     soon when only progress does. A write that fails is dropped: the file is for readers, the daemon goes on."""
 
-    def __init__(self, instance: str, path: Path, tell: Callable[[str], None]) -> None:
-        self._path = path
+    def __init__(self, instance: str, path: Path, tell: Callable[[str], object], *, configuration: Path) -> None:
+        self.path = path
+        self._configuration = configuration
         self._tell = tell
         self._told = ""
         self._flush: asyncio.TimerHandle | None = None
@@ -110,7 +111,7 @@ class Board:
             self._told = text
             self._tell(text)
         try:
-            write_atomic(self._path, json.dumps(self.document, ensure_ascii=False) + "\n", fsync=False)
+            write_atomic(self.path, json.dumps(self.document, ensure_ascii=False) + "\n", fsync=False)
         except OSError:
             return
 
@@ -132,7 +133,8 @@ class Board:
             case "ready":
                 return f"Serving {served} at {document['endpoint']}"
             case "unconfigured":
-                return f"No model selected. Run: vllmctl model set {document['instance']} MODEL"
+                restart = f"systemctl restart vllmd@{document['instance']}"
+                return f"No model selected. Set 'model:' in {self._configuration}, then run: {restart}"
             case "starting" | "proven":
                 return f"Starting: {document['phase'] or 'engine'}{self._progress_text()}"
             case "checking":
