@@ -345,3 +345,8 @@ def gpus(value: object) -> str | int | tuple[str, ...]:
     if not found:
         raise ValueError("is an empty list; write none for an instance without GPUs")
     return found
+
+
+def as_gpu_list(value: str) -> str:
+    """VLLM_GPU_DEVICES holds indices: its 1 is GPU 1, where our 1 is any one GPU."""
+    return f"{value}," if value.isdecimal() else value

@@ -54,7 +54,7 @@ SOURCES = p.KNOWN_SOURCES
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """Which model, and where it may come from. A plain `model: X` in YAML is an id, or a directory if it has a /  ./ in front."""
+    """Which model, and where it may come from. A plain `model: X` in YAML is an id, or a directory if it begins with / or ~."""
 
     name: str = setting("", p.model_name, "VLLM_MODEL", "The model's short name; empty with no id: no model selected.")
     org: str = setting("", p.model_name, "VLLM_MODEL_ORG", "The organisation; with the name it makes the id.")
@@ -193,7 +193,7 @@ class Config:
     watch: Watch
     log: Log
     tuning: Any
-    gpus: str | int | tuple[str, ...] = setting("all", p.gpus, "VLLMD_GPUS", "GPUs of the instance: all, none, a number, or a list of indices, UUIDs or MIG ids.")
+    gpus: str | int | tuple[str, ...] = setting("all", p.gpus, "VLLMD_GPUS", "GPUs of the instance: all, none, a number, or a list of indices, UUIDs or MIG ids.", aliases={"VLLM_GPU_DEVICES": p.as_gpu_list})
 
 
 def rows(section: type[Any], prefix: str) -> list[tuple[str, str, Any, Setting]]:
