@@ -185,7 +185,7 @@ def own_cgroup() -> str:
     return next(line for line in lines if line.startswith("0::")).removeprefix("0::/").removesuffix("/")
 
 
-def wait_for(look: Callable[[], T], timeout_s: float, what: str, interval_s: float = 0.05) -> T:
+def wait_for(look: Callable[[], T | None], timeout_s: float, what: str, interval_s: float = 0.05) -> T:
     """The first true value that `look` returns; fails the test, naming `what`, when the time is up."""
     deadline = time.monotonic() + timeout_s
     while True:
