@@ -51,7 +51,10 @@ class Output:
             self.write_fd = -1
 
 
-def run(scenario: Callable[[Output], Awaitable[None]], limits: LineLimits = LineLimits()) -> Output:
+USUAL = LineLimits()
+
+
+def run(scenario: Callable[[Output], Awaitable[None]], limits: LineLimits = USUAL) -> Output:
     async def main() -> Output:
         output = Output(limits)
         try:

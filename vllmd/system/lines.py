@@ -54,6 +54,10 @@ class TokenBucket:
         self._tokens += unused
 
 
+def _nothing(*_: object) -> None:
+    pass
+
+
 class LineReader:
     """Owns the descriptor from now on. `on_line` gets text without its line break, never empty; `on_dropped` gets how many
     lines were dropped since it was last called, about once a second; `on_close` is called once, when every writer is gone
@@ -66,8 +70,8 @@ class LineReader:
         *,
         limits: LineLimits = LineLimits(),
         bucket: TokenBucket | None = None,
-        on_dropped: Callable[[int], object] = int,
-        on_close: Callable[[], object] = bool,
+        on_dropped: Callable[[int], None] = _nothing,
+        on_close: Callable[[], None] = _nothing,
     ) -> None:
         self._fd = fd
         self._on_line = on_line
