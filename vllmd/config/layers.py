@@ -8,7 +8,6 @@ layer that names another model takes back what lower layers said of the old one.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -78,6 +77,8 @@ def _drop_ins(paths: Paths, instance: str) -> list[Path]:
 
 
 def _absent(paths: Paths, instance: str) -> ConfigError:
+    import difflib  # needed for errors only
+
     path = paths.instance_config(instance)
     near = difflib.get_close_matches(instance, instance_names(paths), n=1)
     meant = f"did you mean the instance {near[0]}? else " if near else ""

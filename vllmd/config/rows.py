@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -63,6 +62,8 @@ def table(tuning: type[Any] | None) -> dict[str, Row]:
 
 def closest(wrong: str, keys: Iterable[str]) -> str:
     """The key that was probably meant, or ''. A right name in a wrong section counts, and so does a hyphen."""
+    import difflib  # needed for errors only
+
     keys = list(keys)
     wrong = wrong.replace("-", "_").lower()
     same_name = [key for key in keys if key.rpartition(".")[2] == wrong.rpartition(".")[2]]
