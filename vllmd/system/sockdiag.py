@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import ipaddress
+import itertools
 import os
 import socket
 import struct
@@ -85,11 +86,15 @@ def listeners(port: int) -> list[Socket]:
 
 def _ask(port: int, states: frozenset[TcpState]) -> list[Socket]:
     found = []
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as netlink:
+    with _netlink() as netlink:
         netlink.settimeout(_TIMEOUT_S)
         for family in (socket.AF_INET, socket.AF_INET6):
             found += _dump_whole(netlink, family, port, states)
     return found
+
+
+def _netlink() -> socket.socket:
+    return socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG)
 
 
 def _dump_whole(netlink: socket.socket, family: int, port: int, states: frozenset[TcpState]) -> list[Socket]:
@@ -199,3 +204,14 @@ def _table(path: str, family: int) -> Iterator[Socket]:
 def _address(words: str) -> str:
     packed = b"".join(struct.pack("=I", int(words[at : at + 8], 16)) for at in range(0, len(words), 8))
     return str(ipaddress.ip_address(packed))
+
+
+def shows_bound_sockets() -> bool:
+    """Whether this kernel tells us of sockets that are bound and do not listen."""
+    try:
+        _netlink().close()
+    except OSError:
+        return False
+    major, _, rest = os.uname().release.partition(".")
+    minor = "".join(itertools.takewhile(str.isdigit, rest))
+    return (int(major), int(minor or 0)) >= (6, 8)
