@@ -10,7 +10,7 @@ import re
 
 from vllmd.engines.protocol import LogFact
 
-PHASES = ("importing", "configuring", "starting-engine", "loading-weights", "allocating-kv-cache", "compiling", "capturing-graphs", "starting-server")
+PHASES = ("importing", "configuring", "starting-engine", "loading-weights", "compiling", "allocating-kv-cache", "capturing-graphs", "starting-server")
 """In the order of a start; compiling and capturing only where they are not switched off."""
 
 _PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2, "FATAL": 2}
@@ -28,9 +28,10 @@ _MARKS: tuple[tuple[str, str], ...] = (
     ("Loading safetensors checkpoint shards:", "loading-weights"),
     ("Loading pt checkpoint shards:", "loading-weights"),
     ("Multi-thread loading shards:", "loading-weights"),
-    ("Loading weights took", "allocating-kv-cache"),
-    ("Model loading took", "allocating-kv-cache"),
+    ("Loading weights took", "loading-weights"),
+    ("Model loading took", "loading-weights"),
     ("Available KV cache memory", "allocating-kv-cache"),
+    ("for KV cache on node", "allocating-kv-cache"),
     ("KV cache size:", "allocating-kv-cache"),
     ("Start compiling", "compiling"),
     ("Compiling a graph for", "compiling"),
