@@ -1,0 +1,83 @@
+"""`make install` and `make uninstall` on a fresh Debian 12, without network."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.system.host import FAKE_ENGINE, Host
+
+pytestmark = pytest.mark.system
+
+COMMANDS = ("vllmd", "vllmctl", "vllm-preflight", "vllm-resolve-model", "vllm-serve")
+
+
+def test_enable_now_serves_the_demo(host: Host) -> None:
+    host.run("systemctl", "enable", "--now", "vllmd@demo", timeout_s=60)
+    try:
+        assert host.run("systemctl", "is-active", "vllmd@demo").out.strip() == "active"
+        assert "demo  ready" in host.run("vllmctl", "status", "demo").out
+        assert "vllmd@demo.service" in host.run("systemctl", "list-dependencies", "--plain", "multi-user.target").out
+    finally:
+        host.run("systemctl", "disable", "--now", "vllmd@demo")
+
+
+def test_all_commands_are_there_and_say_their_version(host: Host) -> None:
+    versions = {host.run(command, "--version").out.split()[-1] for command in COMMANDS}
+    assert len(versions) == 1
+
+
+def test_installing_again_keeps_the_configuration_and_running_instances(host: Host) -> None:
+    name = host.instance("stays")
+    host.start(name)
+    main = host.unit(name).main_pid
+    host.shell("echo '# mine' >>/etc/vllmd/demo.yaml")
+    before = host.run("readlink", "/usr/local/lib/vllmd/current").out
+    host.install(VLLMD_ENGINE_EXECUTABLE=FAKE_ENGINE)
+    assert host.run("readlink", "/usr/local/lib/vllmd/current").out != before
+    assert host.run("tail", "-n1", "/etc/vllmd/demo.yaml").out == "# mine\n"
+    assert host.unit(name).main_pid == main
+    host.stop(name)
+    assert host.unit(name).status == ("success", 0), "it stops with the modules it was started from"
+
+
+def test_installation_that_fails_changes_nothing(host: Host) -> None:
+    before = host.shell("ls -l /usr/local/lib/vllmd").out
+    done = host.install(check=False, PIP_FIND_LINKS="/nowhere")
+    assert done.status != 0
+    assert "hint: " in done.err
+    assert host.shell("ls -l /usr/local/lib/vllmd").out == before
+    assert host.run("vllmctl", "--version").status == 0
+
+
+def test_installation_needs_root(host: Host) -> None:
+    done = host.run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/mnt/checkout/tools/install.sh", check=False)
+    assert (done.status, done.err.splitlines()[1]) == (77, "  hint: sudo make install")
+
+
+def test_uninstall_leaves_nothing_but_what_is_the_operator_s(bare: Host) -> None:
+    files = "find /usr /etc /var/lib /opt -xdev ! -path '/var/lib/systemd/*' ! -path '*/__pycache__*' | sort"
+    before = bare.shell(files).out
+    bare.install(VLLMD_ENGINE_EXECUTABLE=FAKE_ENGINE)
+    bare.run("systemctl", "enable", "--now", "vllmd@demo")
+    assert bare.container.processes("vllmd")
+    bare.install("--uninstall")
+    assert bare.container.processes("vllmd") == {}
+    left = set(bare.shell(files).out.splitlines()) - set(before.splitlines())
+    kept = ("/etc/vllmd", "/var/lib/vllmd", "/etc/sub", "/usr/local/lib/systemd", "/usr/local/lib/sysusers.d", "/usr/local/lib/tmpfiles.d")
+    assert [path for path in left if not path.startswith(kept) and not path.endswith("-")] == []
+    bare.install(VLLMD_ENGINE_EXECUTABLE=FAKE_ENGINE)
+    bare.run("systemctl", "start", "vllmd@demo")
+    bare.install("--uninstall", "--purge")
+    assert bare.shell("ls -d /etc/vllmd /var/lib/vllmd /usr/local/lib/vllmd", check=False).out == ""
+    assert "vllmd" not in bare.run("cat", "/etc/passwd").out
+
+
+def test_installation_beside_the_package_is_refused(bare: Host) -> None:
+    bare.container.write("/root/deb/DEBIAN/control", "Package: vllmd\nVersion: 1\nArchitecture: all\nMaintainer: x <x@example.org>\nDescription: x\n")
+    bare.shell("dpkg-deb --build /root/deb /root/vllmd.deb && dpkg -i /root/vllmd.deb")
+    done = bare.install(check=False)
+    assert done.status == 78
+    assert "the Debian package vllmd is installed" in done.err
+    assert bare.shell("ls /usr/local/bin").out == ""
+    bare.shell("dpkg -r vllmd")
+    assert bare.install(check=False, PIP_FIND_LINKS="/nowhere").status != 78, "a removed package is no obstacle"
