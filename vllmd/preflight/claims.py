@@ -162,10 +162,10 @@ def _other_user(claim: Claim) -> Ruling:
 def _belongs(claim: Claim, own: Own, me: Me) -> bool:
     if own.cgroup not in ("", "/") and _inside(claim.listener.cgroup, own.cgroup):
         return True
-    return any(_is_of(each, launch, me) for each in claim.holders for launch in own.launches)
+    return any(is_of(each, launch, me) for each in claim.holders for launch in own.launches)
 
 
-def _is_of(process: ProcessFacts, launch: LaunchRecord, me: Me) -> bool:
+def is_of(process: ProcessFacts, launch: LaunchRecord, me: Me) -> bool:
     """By pid with start time, by the launch id in its environment, or by the launch's own cgroup; in the same boot."""
     if launch.boot_id != me.boot_id or process.uid not in (None, launch.uid):
         return False

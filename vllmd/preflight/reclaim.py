@@ -15,8 +15,8 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from vllmd.preflight.attribution import LAUNCH_VARIABLE, facts
-from vllmd.preflight.claims import is_launch_cgroup
+from vllmd.preflight.attribution import LAUNCH_VARIABLE, facts, facts_of
+from vllmd.preflight.claims import LaunchRecord, Me, is_launch_cgroup, is_of
 from vllmd.preflight.owner import OwnerRules, ProcessFacts, is_engine
 from vllmd.system import cgroupnames, procfs
 from vllmd.system.procfs import Stat
@@ -180,3 +180,13 @@ def _wait(family: Family, deadline: float) -> None:
         for pid in [pid for pid, pidfd in family.held.items() if pidfd in ready]:
             poller.unregister(family.held[pid])
             os.close(family.held.pop(pid))
+
+
+def leftovers(launches: Iterable[LaunchRecord], me: Me) -> tuple[ProcessFacts, ...]:
+    """What is alive of these launches although nobody listens any more: workers that outlived their API server. Never
+    ourselves or our ancestors, never another user's, never a former boot's."""
+    launches = [each for each in launches if each.boot_id == me.boot_id]
+    if not launches:
+        return ()
+    candidates = facts_of(pid for pid in procfs.pids() if pid not in me.untouchable)
+    return tuple(each for each in candidates if any(is_of(each, launch, me) for launch in launches))
