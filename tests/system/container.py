@@ -101,6 +101,7 @@ class Container:
     # -- its life
 
     def _spawn(self) -> None:
+        sweep_cgroups(self._cgroup.parent)
         self._cgroup.mkdir()
         nspawn = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--volatile=overlay", "--private-network", "--boot"]
         nspawn += [f"--directory={self._tree}", f"--machine={self.name}", *(f"--bind-ro={source}:{inside}" for inside, source in self._binds.items())]
@@ -170,6 +171,13 @@ def remove_cgroup(root: Path) -> None:
         with contextlib.suppress(OSError):
             root.rmdir()
         time.sleep(0.02)
+
+
+def sweep_cgroups(parent: Path) -> None:
+    """Removes what test runs left that were killed; their containers died with them."""
+    for left in parent.glob("vllmd-test-*-*"):
+        if not Path("/proc", left.name.split("-")[2]).exists():
+            remove_cgroup(left)
 
 
 def cgroup2_mount() -> Path:
