@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import lru_cache
 from urllib.parse import quote
 
 from vllmd.config.given import REDACTED
@@ -21,17 +22,26 @@ _SECRET_FLAGS = (
 )
 _FLAG = re.compile(rf"--?({_SECRET_FLAGS})", re.IGNORECASE)
 _LIST_FLAG = re.compile(r"--?api[-_]?key", re.IGNORECASE)
-_HEADER_NAME = r"authorization|proxy-authorization|cookie|set-cookie|x-api-key|api-key|[a-z0-9_-]*(?:bearer|token|apikey)[a-z0-9_-]*"
-_HEADER = re.compile(rf"(?P<name>{_HEADER_NAME})\s*:\s*(?P<value>\S.*)", re.IGNORECASE | re.DOTALL)
+_HEADER_NAME = re.compile(
+    r"authorization|proxy-authorization|cookie|set-cookie|x-api-key|api-key|[a-z0-9_-]*(bearer|token|apikey)[a-z0-9_-]*", re.IGNORECASE
+)
 _SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|JWT|BEARER|COOKIE)(_|$)", re.IGNORECASE)
 _KEY_FILES = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)
 
-_IN_TEXT = (
-    re.compile(r"(?P<keep>\b(?:authorization|proxy-authorization|cookie|set-cookie|x-api-key|api-key)['\"]?\s*[:=]\s*)[^\r\n]+", re.IGNORECASE),
-    re.compile(r"(?P<keep>\b(?:bearer|basic)\s+)[A-Za-z0-9._~+/=-]{4,}", re.IGNORECASE),
-    re.compile(rf"(?P<keep>(?<![\w-])--?(?:{_SECRET_FLAGS})(?:\s*=\s*|\s+))(?!-)(?:'[^']*'|\"[^\"]*\"|\S+)", re.IGNORECASE),
-    re.compile(r"(?P<keep>[a-z][a-z0-9+.-]*://)[^/\s:@]+:[^/\s@]+(?=@)", re.IGNORECASE),
-    re.compile(r"(?P<keep>)\bhf_[A-Za-z0-9]{16,}\b"),
+_VALUE = r"(?:\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[^\s,;}\]]+)"
+# Each begins where a word begins, so that a long line of one character costs one look and not one for each character.
+_IN_TEXT = tuple(
+    re.compile(pattern, re.IGNORECASE)
+    for pattern in (
+        r"(?P<keep>(?<![\w-])(?:authorization|proxy-authorization|cookie|set-cookie|x-api-key|api-key)['\"]?\s*[:=]\s*)[^\r\n]+",
+        rf"(?P<keep>(?<![\w-])(?:[a-z0-9]{{1,20}}-){{1,4}}(?:bearer|token|apikey)\s*:\s*){_VALUE}",
+        rf"(?P<keep>(?<!\w)(?:api_?key|hf_token|auth_token|access_token|password|passwd|secret_key|access_key)['\"]?\s*[:=]\s*){_VALUE}",
+        r"(?P<keep>\bbearer\s+)[a-z0-9._~+/=-]{8,}",
+        r"(?P<keep>\bbasic\s+)(?=[a-z]*[0-9=+/])[a-z0-9+/=]{8,}",
+        rf"(?P<keep>(?<![\w-])--?(?:{_SECRET_FLAGS})(?:\s*=\s*|\s+))(?!-)(?:'[^']*'|\"[^\"]*\"|\S+)",
+        r"(?P<keep>(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{0,20}://)[^/\s:@]{0,200}:[^/\s@]{1,200}(?=@)",
+        r"(?P<keep>)\bhf_[a-z0-9]{16,}\b",
+    )
 )
 
 
@@ -47,14 +57,24 @@ def _known(secrets: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(parts)) if parts else None
 
 
+@lru_cache(maxsize=64)
+def redactor(secrets: tuple[str, ...] = ()) -> Callable[[str], str]:
+    """A function that redacts text, prepared once for the secrets of an instance: for every line that an engine prints."""
+    known = _known(secrets)
+
+    def redact(text: str) -> str:
+        if known is not None:
+            text = known.sub(REDACTED, text)
+        for pattern in _IN_TEXT:
+            text = pattern.sub(rf"\g<keep>{REDACTED}", text)
+        return text
+
+    return redact
+
+
 def redact_text(text: str, secrets: Iterable[str] = ()) -> str:
     """The text with known secrets, and what stands where secrets stand, replaced."""
-    known = _known(secrets)
-    if known is not None:
-        text = known.sub(REDACTED, text)
-    for pattern in _IN_TEXT:
-        text = pattern.sub(lambda match: match["keep"] + REDACTED, text)
-    return text
+    return redactor(tuple(secrets))(text)
 
 
 def redact_argv(argv: Sequence[str], secrets: Iterable[str] = ()) -> tuple[str, ...]:
@@ -79,9 +99,9 @@ def redact_argv(argv: Sequence[str], secrets: Iterable[str] = ()) -> tuple[str, 
 
 def _item(item: str, secrets: tuple[str, ...]) -> str:
     start, equals, value = item.partition("=") if item.startswith("-") else ("", "", item)
-    header = _HEADER.fullmatch(value)
-    if header:
-        return f"{start}{equals}{header['name']}: {REDACTED}"
+    name, colon, content = value.partition(":")
+    if colon and content.strip() and len(name) <= 64 and _HEADER_NAME.fullmatch(name.strip()):
+        return f"{start}{equals}{name}: {REDACTED}"
     return redact_text(item, secrets)
 
 

@@ -208,11 +208,14 @@ def parse(text: str, where: str, *, mode: int = 0) -> Document:
 def _bytes(path: Path) -> tuple[bytes, int]:
     # O_NONBLOCK: opening a FIFO that somebody put there must not block. Links are an administrator's right here.
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    with os.fdopen(fd, "rb") as file:
+    try:
         status = os.fstat(fd)
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError("config_unreadable", f"{path} is not a regular file", "put a plain YAML file there")
-        data = file.read(MAX_BYTES + 1) if status.st_size <= MAX_BYTES else b"x" * (MAX_BYTES + 1)
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            data = file.read(MAX_BYTES + 1)
+    finally:
+        os.close(fd)
     if len(data) > MAX_BYTES:
         raise ConfigError("config_unreadable", f"{path} is larger than {MAX_BYTES} bytes", "put a plain YAML file there")
     return data, stat.S_IMODE(status.st_mode)
