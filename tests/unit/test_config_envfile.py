@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllmd.config import envfile
@@ -15,20 +15,22 @@ from vllmd.errors import ConfigError
 
 pytestmark = pytest.mark.unit
 
-NASTY = st.text(
-    alphabet=st.one_of(st.sampled_from("\"'\\/\n\t\r$`#(){} =;é\u2028\x85\ufeff"), st.characters(exclude_characters="\0", exclude_categories=["Cs"])),
-    max_size=40,
+MEANINGFUL = "\"'\\/\n\t\r$`#(){} =;n"
+NASTY = st.one_of(
+    st.text(MEANINGFUL, max_size=12),
+    st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20),
 )
 KEYS = st.from_regex(r"\A[A-Za-z_][A-Za-z0-9_]{0,8}\Z")
 
 
 @given(st.dictionaries(KEYS, NASTY, max_size=6), NASTY)
+@settings(max_examples=500)
 def test_what_is_written_is_what_is_read(variables: dict[str, str], comment: str) -> None:
     assert envfile.parse(envfile.render(variables, comment), "test") == variables
 
 
 def test_a_shell_reads_the_same(tmp_path: Path) -> None:
-    values = ["plain", "it's", 'say "hi"', "$HOME `id` $(id) ${x}", "back\\slash/\\x", "tab\tcr\rend", "# no comment", "é ü", "'$(id)\\'"]
+    values = ["plain", "it's", 'say "hi"', "$HOME `id` $(id) ${x}", "back\\slash/\\x", "tab\tcr\rend", "# no comment", "é ü", "it's `id` $(id)"]
     variables = {f"K{i}": value for i, value in enumerate(values)}
     path = tmp_path / "file.env"
     envfile.write(path, variables, "made by a test")

@@ -268,6 +268,7 @@ def model(loaded: Loaded) -> tuple[str, str, str, str, str]:
         ("model: {id: Q/A, revision: r}", "model: {org: Z}", ("Z", "A", "Z/A", "", "")),
         ("model: {id: Q/A, revision: r}", "model: {revision: s}", ("Q", "A", "Q/A", "s", "")),
         ("model: {id: Q/A, revision: r}", "model: /m/a", ("", "", "", "", "/m/a")),
+        ("model: {name: l, id: Q/A, revision: r}", "model: {name: l, id: Q/B}", ("Q", "l", "Q/B", "", "")),
         ("model: /m/a", "model: Q/B", ("Q", "B", "Q/B", "", "")),
         ("model: Q/A", "model: ''", ("", "", "", "", "")),
         ("model: Q/A", "model:", ("Q", "A", "Q/A", "", "")),
