@@ -9,10 +9,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from vllmd.config.rows import Row
-from vllmd.config.values import FrozenDict, Warned, shown
+from vllmd.config.values import REDACTED, FrozenDict, Warned, shown
 from vllmd.errors import ConfigError, UsageError, VllmdError
-
-REDACTED = "<redacted>"
 
 _SERVICE_LINK = re.compile(r"(tcp|udp|sctp)://")
 

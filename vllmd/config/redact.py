@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from urllib.parse import quote
 
-from vllmd.config.given import REDACTED
+from vllmd.config.values import REDACTED
 
 SHORTEST_IN_WORDS = 4
 

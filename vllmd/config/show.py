@@ -6,11 +6,12 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vllmd.config.given import BUILT_IN, REDACTED
+from vllmd.config.given import BUILT_IN
 from vllmd.config.layers import Loaded
 from vllmd.config.redact import is_secret_name, redact_text
 from vllmd.config.rows import Row, table
 from vllmd.config.settings import Config
+from vllmd.config.values import REDACTED
 
 
 def config_rows(config: Config) -> dict[str, Row]:

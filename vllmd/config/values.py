@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
+REDACTED = "<redacted>"
 MAX_TEXT = 65536
 MAX_DEPTH = 32
 
