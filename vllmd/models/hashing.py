@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.models.inventory import ModelFile, open_file
+from vllmd.models.ioerrors import explained
 
 CHUNK_BYTES = 4 << 20
 REPORT_S = 0.5
@@ -44,7 +45,7 @@ def hash_files(
 ) -> dict[str, Digest]:
     """{name: Digest} of the files, each by the algorithms ('sha256', 'blake3') that are wanted of it.
 
-    `report(done_bytes, total_bytes)` is called twice a second, from this thread. OSError ends it at once.
+    `report(done_bytes, total_bytes)` is called twice a second, from this thread. A file that cannot be read ends it at once, as a VllmdError.
     """
     total = sum(file.size for file in wanted)
     progress = _Progress()
@@ -66,7 +67,8 @@ def hash_files(
 def _hash(directory: Path, name: str, algorithms: frozenset[str], progress: _Progress) -> Digest:
     hashers = {algorithm: _new(algorithm) for algorithm in algorithms}
     buffer = memoryview(bytearray(CHUNK_BYTES))
-    with open(open_file(directory, name), "rb", buffering=0) as file:
+    # The error of a failing disk comes from read(2), which knows no name: say which file it was.
+    with explained(f"read {directory / name}"), open(open_file(directory, name), "rb", buffering=0) as file:
         while not progress.stop and (size := file.readinto(buffer)):
             for hasher in hashers.values():
                 hasher.update(buffer[:size])

@@ -32,7 +32,7 @@ def translated(error: OSError, what: str) -> VllmdError:
         return PermissionMissing("model_not_permitted", f"{path}: {reason} for user {user}", hint)
     if error.errno in _CONTENT:
         return ModelInvalid("model_unreadable", f"{path}: {reason}", "Put the model there again.")
-    return storage_error(error, what)
+    return storage_error(error, what if path in what else f"{what} ({path})")
 
 
 @contextmanager

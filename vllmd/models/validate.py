@@ -118,11 +118,16 @@ def _check_integrity(inventory: Inventory) -> None:
     largest = max(file.size for file in files)
     for file in files:
         path = inventory.directory / file.name
-        if file.size == 0:
-            raise invalid(path, "is empty", code="model_truncated")
-        if file.name.endswith(".safetensors"):
-            safetensors.check(inventory.directory, file.name)
-        elif file.name.endswith(".gguf"):
-            gguf.check(inventory.directory, file.name)
-        elif file.size < KIB and largest > MIB:
-            raise invalid(path, f"has {file.size} bytes, beside weights of {largest}: truncated", code="model_truncated")
+        with explained(f"read {path}"):
+            _check_weight(path, file, largest)
+
+
+def _check_weight(path: Path, file: ModelFile, largest: int) -> None:
+    if file.size == 0:
+        raise invalid(path, "is empty", code="model_truncated")
+    if file.name.endswith(".safetensors"):
+        safetensors.check(path.parent, file.name)
+    elif file.name.endswith(".gguf"):
+        gguf.check(path.parent, file.name)
+    elif file.size < KIB and largest > MIB:
+        raise invalid(path, f"has {file.size} bytes, beside weights of {largest}: truncated", code="model_truncated")
