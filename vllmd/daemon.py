@@ -31,11 +31,14 @@ from vllmd.instance.watching import watch
 from vllmd.models import wire
 from vllmd.stages import Prepared
 from vllmd.system.cgroup import choose_family
-from vllmd.system.journal import Journal, Stderr
+from vllmd.system.journal import Journal
 from vllmd.system.notify import Notifier, NullNotifier
+from vllmd.system.terminal import Stderr
 
 TICK = object()
 """Goes through the queue of events like any other: WATCHDOG=1 is sent when it comes out, so it says that the loop turns."""
+
+STAGE_EVENTS = {"preflight": "preflight-failed", "resolve": "model-failed"}
 
 
 class Daemon:
@@ -169,7 +172,11 @@ class Daemon:
         self.clockwork.allow(self.config.preflight.gpu_timeout_s + 60)
         assert self._plan is not None
         assert self._context is not None
-        await check_host(self.prepared, self._context, self._plan, self.journal, self.board)
+        report = await check_host(
+            self.prepared.engine, self._context, self._plan, lambda text: self.journal.event("", text, priority=4)
+        )
+        text = f"the host is fit: port {report.action}, {len(report.gpus)} GPUs ({report.gpu_check_source})"
+        self.journal.event("preflight-passed", text, priority=6)
         self.post(ev.PreflightPassed())
 
     async def _resolve(self) -> None:
@@ -181,7 +188,7 @@ class Daemon:
             self.clockwork.allow(120)
             match event:
                 case wire.Progress():
-                    self.board.progress(event.fraction, event.text)
+                    self._resolving(event)
                 case wire.Resolved(model):
                     self._resolved(model)
                 case wire.Verified():
@@ -189,6 +196,12 @@ class Daemon:
 
         self.clockwork.allow(self.config.model.lock_timeout_s + 60)
         await resolve(request, self.prepared.environ, on_event)
+
+    def _resolving(self, progress: wire.Progress) -> None:
+        if self.life.state is State.RESOLVING:
+            self.board.progress(progress.fraction, progress.text)
+        if self._engine is not None and progress.done_bytes:
+            self._engine.start.strong()  # bytes of the model that are being verified beside the start
 
     def _resolved(self, model: ResolvedModel) -> None:
         self.model = model
@@ -220,6 +233,7 @@ class Daemon:
             priority=5,
         )
         if self._engine is not None:
+            self._engine.rest()
             self._engine.show_example()
 
     async def _watch(self) -> None:
@@ -230,6 +244,8 @@ class Daemon:
 
     def _stopping(self) -> None:
         bound = self._plan.deadlines.stop_s if self._plan else 10.0
+        if self._engine is not None:
+            self._engine.rest()
         self.notifier.stopping(self.board.sentence())
         self.clockwork.allow(bound + 10)
         self.journal.event("stopping", self.board.sentence(), priority=6)
@@ -307,12 +323,14 @@ class Daemon:
         try:
             await work
         except VllmdError as error:
-            if name == "preflight":
-                self.journal.event("preflight-failed", error.what, priority=3, hint=error.hint)
+            if name in STAGE_EVENTS:
+                self.journal.event(STAGE_EVENTS[name], error.what, priority=3, hint=error.hint)
             self.post(ev.StageFailed(record.failure_of(error)))
         except Exception as error:
             self.journal.event("failed", "".join(traceback.format_exception(error)), priority=2)
-            self.post(ev.Faulted(record.bug(error)))
+            fault = record.bug(error)
+            # A teardown that fails must not keep the instance from ending.
+            self.post(ev.KillExpired(fault) if name == "kill" else ev.Faulted(fault))
 
     def _cancel(self, *names: str) -> None:
         for name in names:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 import traceback
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from vllmd import stages
 from vllmd.config.paths import Paths
-from vllmd.errors import VllmdError
+from vllmd.core.plan import ResolvedModel
+from vllmd.errors import ConfigError, VllmdError
 
 
 def _environ() -> Mapping[str, str]:
@@ -63,18 +66,33 @@ def preflight(options: argparse.Namespace, paths: Paths) -> int:
 
     prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
     where = stages.context(prepared)
-    request = preflight_request(prepared, where, stages.plan(prepared, where), dry_run=options.dry_run)
+    request = preflight_request(prepared.engine, where, stages.plan(prepared, where), dry_run=options.dry_run)
     report = preflights.run(request)
     print(json.dumps(report.as_dict()))
     return report.code
 
 
 def resolve(options: argparse.Namespace, paths: Paths) -> int:
-    from vllmd.models.command import resolve_report
-
+    """What the sources say goes to stderr, the result as one JSON object to stdout."""
     prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
-    request = stages.model_request(prepared.config, paths)
-    return resolve_report(request, prepared.config.model, prepared.environ)
+    model = _resolved(prepared)
+    print(json.dumps({"schema": 1, **asdict(model), "directory": str(model.directory)}))
+    return 0
+
+
+def _resolved(prepared: stages.Prepared) -> ResolvedModel:
+    from vllmd.models import resolve as resolver
+    from vllmd.models.wire import Progress
+
+    def say(progress: Progress) -> None:
+        if progress.text:
+            print(progress.text, file=sys.stderr, flush=True)
+
+    request = stages.model_request(prepared.config, prepared.paths)
+    if not request.selected:
+        raise ConfigError("no_model", f"{prepared.instance} has no model selected", "set 'model:' in its file")
+    model = resolver.resolve(request, prepared.config.model, prepared.environ, say)
+    return resolver.verified(model, request, prepared.config.model, say)
 
 
 def serve(options: argparse.Namespace, paths: Paths) -> int:
@@ -83,10 +101,6 @@ def serve(options: argparse.Namespace, paths: Paths) -> int:
     prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
     where = stages.context(prepared)
     stages.plan(prepared, where)
+    directory = _resolved(prepared).directory
     rest = options.rest[1:] if options.rest[:1] == ["--"] else options.rest
-    request = stages.model_request(prepared.config, paths)
-    return serve_instance(
-        where, prepared.engine, request, rest, print_cmd=options.print_cmd, dry_run=options.dry_run
-    )
-
-
+    return serve_instance(where, prepared.engine, directory, rest, print_cmd=options.print_cmd, dry_run=options.dry_run)

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from vllmd.instance.board import Board
 from vllmd.instance.metrics import exposition
 from vllmd.system.control import ControlServer
-from vllmd.system.journal import Journal, Stderr
+from vllmd.system.journal import Journal
+from vllmd.system.terminal import Stderr
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 

@@ -30,9 +30,11 @@ from vllmd.system import launch as launches
 from vllmd.system.cgroup import Family
 from vllmd.system.files import storage_error
 from vllmd.system.host import boot_id
-from vllmd.system.journal import Journal, Stderr
-from vllmd.system.lines import LineReader
+from vllmd.system.journal import Journal
+from vllmd.system.lines import LineLimits, LineReader, TokenBucket
 from vllmd.system.process import Child, ExitStatus, SpawnSpec, spawn
+from vllmd.system.terminal import Stderr
+from vllmd.system.threads import in_thread
 
 
 class EngineLife:
@@ -90,7 +92,7 @@ class EngineLife:
     async def launch(self, model: ResolvedModel) -> None:
         """Port lock, cheap checks again, launch record, exec. What was started is ended by `kill`, also half-way."""
         self._model = model
-        self._hold.callback(store.hold(model).close)
+        self._hold.callback((await in_thread(lambda: store.hold(model.directory))).close)
         await self._port.take()
         command = self.engine.command(self.context, str(model.directory))
         self._secrets = command.secrets
@@ -140,13 +142,11 @@ class EngineLife:
 
     def _attach(self, child: Child) -> None:
         log = self.context.config.log
-        for descriptor in (child.stdout, child.stderr):
-            reader = LineReader(
-                descriptor, self.output.line, lines_per_s=log.lines_per_s, line_max_bytes=log.line_max_bytes,
-                on_dropped=self.output.lost,
-            )  # fmt: skip
-            reader.attach(asyncio.get_running_loop())
-            self._readers.append(reader)
+        limits, bucket = LineLimits(log.line_max_bytes, log.lines_per_s), TokenBucket(log.lines_per_s)
+        self._readers = [
+            LineReader(pipe, self.output.line, limits=limits, bucket=bucket, on_dropped=self.output.lost)
+            for pipe in (child.stdout, child.stderr)
+        ]
         self._background.append(asyncio.create_task(self._wait(child)))
         self._background.append(asyncio.create_task(self._expire()))
 
@@ -154,7 +154,7 @@ class EngineLife:
         self._exit = await child.wait()
         # Its last lines are still in the pipes; they hold the cause.
         for reader in self._readers:
-            reader.drain()
+            reader.close()
         where = f" while {self._board.document['phase']}" if self._board.document["phase"] != "ready" else ""
         cause = self.output.cause()
         what = f"the engine ended by itself ({self._exit.describe()}){where}" + (f": {cause}" if cause else "")
@@ -222,7 +222,6 @@ class EngineLife:
         self.family.kill()
         empty = await self.family.wait_empty(self.plan.deadlines.kill_s)
         for reader in self._readers:
-            reader.drain()
             reader.close()
         self._clean()
         if not empty:

@@ -28,7 +28,7 @@ def exposition(board: Board, *, journal_dropped: int, lines_dropped: int) -> byt
             yield GaugeMetricFamily("vllmd_private_memory_bytes", memory, value=private_memory_bytes())
 
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(Collector())  # type: ignore[arg-type]
+    registry.register(Collector())
     return bytes(generate_latest(registry))
 
 

@@ -6,10 +6,10 @@ import re
 from collections import deque
 from collections.abc import Callable
 
-from vllmd.config.settings import Log
 from vllmd.core.plan import Endpoint
 from vllmd.engines.protocol import Engine, LogFact
-from vllmd.system.journal import Journal, Stderr
+from vllmd.system.journal import Journal
+from vllmd.system.terminal import Stderr
 
 KEPT_LINES = 200
 SHOWN_BYTES = 400
@@ -55,11 +55,6 @@ class Output:
             if found and not any(word in line.lower() for word in _NOT_THE_CAUSE):
                 return found.group(1)[:SHOWN_BYTES]
         return ""
-
-
-def limits(log: Log) -> dict[str, int]:
-    """The settings that the reader of lines takes."""
-    return {"lines_per_s": log.lines_per_s, "line_max_bytes": log.line_max_bytes}
 
 
 def example(endpoint: Endpoint, body: str, path: str, *, with_key: bool) -> str:

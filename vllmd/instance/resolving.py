@@ -58,9 +58,9 @@ async def _converse(
     finally:
         transport.close()
     if not verified:
-        raise _died(child)
+        raise _died()
 
 
-def _died(child: subprocess.Popen[bytes]) -> VllmdError:
+def _died() -> VllmdError:
     what = "the resolver ended without an answer"
     return EngineFailed("resolver_died", what, "its last lines are in the journal; was it killed for want of memory?")
