@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from vllmd.engines.record import Record
 from vllmd.errors import ConfigError, EngineFailed, UsageError
@@ -22,6 +25,7 @@ _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
 _PYTHON_PROBE = "import sys, venv, ensurepip; print(*sys.version_info[:2])"
 _WORTH_SAYING = re.compile(r"^\s*(Collecting|Downloading .*\((\d{2,} MB|\d+(\.\d+)? GB)|Installing collected|Successfully (un)?installed|ERROR|Building)")
+_PR_SET_PDEATHSIG = 1
 _LINE_LIMIT = 110
 _INSPECTOR = Path(__file__).with_name("vllm_inspect.py")
 _INSPECTION_TIMEOUT_S = 600.0
@@ -134,7 +138,8 @@ def _clean_environment() -> dict[str, str]:
 def _run(command: Sequence[str], say: Say, failure: str) -> None:
     """Runs a command and passes on the lines that show progress; EngineFailed with its last lines when it fails."""
     last: deque[str] = deque(maxlen=15)
-    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=_clean_environment()) as child:
+    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    with subprocess.Popen(command, **streams, env=_clean_environment(), preexec_fn=_die_with_parent) as child:
         try:
             assert child.stdout is not None
             for line in child.stdout:
@@ -146,6 +151,11 @@ def _run(command: Sequence[str], say: Say, failure: str) -> None:
             raise
     if child.returncode != 0:
         raise _failure(failure, list(last))
+
+
+def _die_with_parent() -> None:
+    """A pip that outlives a killed installer would write into a directory that the next installation sweeps."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _failure(what: str, lines: list[str]) -> EngineFailed:

