@@ -10,16 +10,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from vllmd.config.redact import redact_argv
 from vllmd.config.settings import Preflight
 from vllmd.core.plan import Endpoint
 from vllmd.errors import VllmdError
 from vllmd.preflight import claims as rules
-from vllmd.preflight import cmdline, gpu, lock, ports, reclaim, socketfile
+from vllmd.preflight import gpu, lock, ports, reclaim, socketfile
 from vllmd.preflight.attribution import Claim, attribute
 from vllmd.preflight.claims import Judgement, Me, Own, Policy, Ruling, Standalone, Stray
 from vllmd.preflight.gates import Limits, Wanted
@@ -31,6 +33,7 @@ from vllmd.system import procfs
 _RESCANS = 3
 _RESCAN_S = 0.05
 _MEMORY_POLL_S = 0.5
+_SHOWN = 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,11 +102,17 @@ class _Draft:
             pids=tuple(sorted(each.pid for each in self.processes) if self.processes else sorted(processes)),
             units=tuple(dict.fromkeys(each.unit for each in listeners if each.unit)),
             uids=tuple(dict.fromkeys(each.uid for each in listeners if each.uid is not None)),
-            cmdlines={pid: cmdline.shown(each.argv) for pid, each in processes.items()},
+            cmdlines={pid: _shown(each.argv) for pid, each in processes.items()},
             gpus=self.gpus.gpus,
             gpu_check_source=self.gpus.source,
             warnings=(*self.warnings, *self.gpus.warnings),
         )
+
+
+def _shown(argv: tuple[str, ...]) -> str:
+    """Other people's command lines carry other people's keys."""
+    text = shlex.join(redact_argv(argv)) if len(argv) > 1 else " ".join(redact_argv(" ".join(argv).split()))
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def run(request: PreflightRequest) -> Report:
