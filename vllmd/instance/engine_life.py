@@ -16,7 +16,7 @@ from vllmd.config.redact import redact_argv, redact_text
 from vllmd.core import events as ev
 from vllmd.core.plan import Command, Plan, ResolvedModel
 from vllmd.engines.protocol import Context, Engine
-from vllmd.errors import EngineFailed
+from vllmd.errors import EngineFailed, TryLater
 from vllmd.instance import record
 from vllmd.instance.board import Board, now_text
 from vllmd.instance.checking import PortHold
@@ -27,7 +27,7 @@ from vllmd.instance.startwatch import StartWatch
 from vllmd.models import store
 from vllmd.preflight import ports
 from vllmd.system import launch as launches
-from vllmd.system.cgroup import Family
+from vllmd.system.family import Family
 from vllmd.system.files import storage_error
 from vllmd.system.host import boot_id
 from vllmd.system.journal import Journal
@@ -86,6 +86,9 @@ class EngineLife:
         swept += await launches.recover(self._state)
         for leftover in swept:
             self._journal.event("leftovers-swept", f"ended what an earlier launch had left: {leftover}", priority=4)
+            if not leftover.gone:
+                hint = "they hang in the kernel (state D); the host may need a reboot"
+                raise TryLater("unkillable", f"an earlier launch cannot be ended: {leftover}", hint)
 
     # -- spawn
 
@@ -104,7 +107,7 @@ class EngineLife:
         self.family.prepare(launch_id)
         spec = SpawnSpec(
             argv=command.argv,
-            env={**command.env, "VLLMD_LAUNCH_ID": launch_id},
+            env={**command.env, **self.family.environment(launch_id)},
             cgroup=self.family.cgroup_dir,
             cwd=str(self.context.paths.cache),
         )
@@ -134,7 +137,7 @@ class EngineLife:
                 boot_id=boot_id(),
                 pid=pid,
                 start_time=start_time,
-                cgroup=self.family.cgroup_dir,
+                cgroup=self.family.cgroup_path,
                 uid=os.getuid(),
                 started_at=now_text(),
             ),
