@@ -39,9 +39,13 @@ class Process:
 
 
 def processes() -> list[Process]:
-    """Every process that is not a zombie."""
+    """Every process that has not ended."""
+    return [process for process in everything() if not has_ended(process)]
+
+
+def everything() -> list[Process]:
     found = [read(int(entry)) for entry in os.listdir("/proc") if entry.isdigit()]  # noqa: PTH208 - names, not paths
-    return [process for process in found if process and process.state not in "ZX"]
+    return [process for process in found if process]
 
 
 def read(pid: int) -> Process | None:
@@ -55,9 +59,17 @@ def read(pid: int) -> Process | None:
 
 
 def is_alive(pid: int) -> bool:
-    """Zombies are dead."""
     process = read(pid)
-    return process is not None and process.state not in "ZX"
+    return process is not None and not has_ended(process)
+
+
+def has_ended(process: Process) -> bool:
+    """A zombie has, unless other threads of it still run: those keep its memory and sockets, and nobody can reap it."""
+    if process.state not in "ZX":
+        return False
+    with contextlib.suppress(OSError):
+        return len(os.listdir(f"/proc/{process.pid}/task")) <= 1  # noqa: PTH208
+    return True
 
 
 def environ_of(pid: int) -> dict[str, str]:
@@ -90,7 +102,7 @@ def adopt_orphans() -> None:
 
 
 def kill_all(pids: Iterable[int], timeout_s: float = 10.0) -> None:
-    """SIGKILL, then wait until all are gone or zombies; reaps those that are ours."""
+    """SIGKILL, then wait until all are gone; reaps those that are ours."""
     wanted = set(pids)
     blocks = set().union(*map(shared_memory_of, wanted))
     for pid in wanted:
@@ -106,3 +118,9 @@ def reap(pids: Iterable[int]) -> None:
     for pid in pids:
         with contextlib.suppress(ChildProcessError):
             os.waitpid(pid, os.WNOHANG)
+
+
+def zombies_of_session(sid: int) -> list[int]:
+    """Our own children that have ended and that nobody has waited for."""
+    wanted = ("Z", sid, os.getpid())
+    return [process.pid for process in everything() if (process.state, process.sid, process.ppid) == wanted]

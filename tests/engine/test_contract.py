@@ -145,6 +145,7 @@ class TestGenerating:
     def test_stopped_core_stalls_requests_but_not_health(self, generating: EngineServer, kind: Kind) -> None:
         with generating.stream(kind.tokens) as events:
             next(events)
+            procs.wait_until("a running request", lambda: generating.metric("vllm:num_requests_running") == 1)
             generating.signal(signal.SIGSTOP, "VLLM::EngineCore")
             try:
                 steps = procs.wait_until("counters that stand still", lambda: self.steady(generating))

@@ -12,7 +12,7 @@ S are seconds (fractions allowed), counted from the start of the process or, wit
 | mode | values (default first) | what it does |
 |---|---|---|
 | FAKE_SPEED | 1 | all its own delays are divided by this |
-| FAKE_START_S | 0.2 | the whole start, from the process to the first 200 |
+| FAKE_START_S | 0.2 | the whole start, from the process to the first 200; what exceeds 4 s is all spent loading |
 | FAKE_PROGRESS | strong, cpu, lines, none | while loading: percentages, a CPU that burns, a line every FAKE_LINE_S, nothing |
 | FAKE_LINE_S | 60 | interval of the lines of FAKE_PROGRESS=lines |
 | FAKE_FAIL_S | 0.05 | delay of an exit for a bad flag, a port in use, a missing model |

@@ -196,6 +196,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("content-type", "text/event-stream; charset=utf-8")
         self.send_header("transfer-encoding", "chunked")
         self.end_headers()
+        self.wfile.flush()  # at once, also while the request still waits
         count = 0
         try:
             if shape.chat:

@@ -21,13 +21,14 @@ from . import processes
 from .arguments import normal, number, parse
 from .handler import Handler
 from .litter import drop_litter
-from .modes import Modes, from_environ
+from .modes import Modes, Timed, from_environ
 from .output import Output, die, start_fault
 from .serving import Site, read_config, task_of
 from .state import Served
 
-SHARES = {"imports": 0.25, "setup": 0.15, "load": 0.5, "end": 0.1}
-"""How a start's time is spent; measured on a start of 39 s."""
+SHARES = {"imports": 0.25, "setup": 0.15, "end": 0.1}
+LONGEST = {"imports": 1.0, "setup": 0.5, "end": 0.5}
+"""How a start's time is spent beside the load, which has the rest, and all of what makes a start long. In seconds."""
 
 
 class Server(ThreadingMixIn, HTTPServer):
@@ -65,7 +66,7 @@ class ApiServer:
     # Starting.
 
     def spend(self, share: str) -> None:
-        time.sleep(self.modes.start_s * SHARES[share])
+        time.sleep(share_s(self.modes, share))
 
     def fail(self, text: str, code: int = 1) -> None:
         time.sleep(self.modes.fail_s)
@@ -94,27 +95,12 @@ class ApiServer:
     def start_core(self) -> None:
         listener = [self.sock] if self.sock else []
         processes.start_stray(self.modes.stray, listener)
-        load_s = self.modes.start_s * SHARES["load"]
+        load_s = self.modes.start_s - sum(share_s(self.modes, share) for share in SHARES)
         self.core, link = processes.start(self.modes, number(self.options.max_num_seqs, 256), load_s, listener)
         self.served = Served(link, self.modes, self.events.put)
         drop_litter(self.modes.shm_mb)
         start_fault(self.modes.output, self.modes.output_mb)
-        self.after(self.modes.exit.after_s - self.age(), self.modes.exit.word)
         threading.Thread(target=self.served.listen_to_core, daemon=True).start()
-
-    def age(self) -> float:
-        return time.monotonic() - BORN
-
-    def after(self, seconds: float, code: str) -> None:
-        """The fault of an exit: nobody is told, the children live on."""
-        if code:
-            threading.Thread(target=self.exit_later, args=(max(0.0, seconds), code), daemon=True).start()
-
-    def exit_later(self, seconds: float, code: str) -> None:
-        time.sleep(seconds)
-        if self.modes.error:
-            self.output.log(self.modes.error, "ERROR", "core.py:1512")
-        os._exit(int(code))
 
     def wait_for_core(self) -> None:
         """vLLM loses a SIGTERM now: it goes on to ready, or wedges; a second one ends it."""
@@ -138,7 +124,8 @@ class ApiServer:
         done = int(Path(file).read_text()) if Path(file).exists() else 0
         if done < int(times):
             Path(file).write_text(str(done + 1))
-            self.exit_later(self.modes.fail_s, "1")
+            time.sleep(self.modes.fail_s)
+            exit_as_told(self.modes, "1")
 
     # Serving.
 
@@ -169,7 +156,7 @@ class ApiServer:
             threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
 
     def serve(self) -> int:
-        self.after(self.modes.exit_ready.after_s, self.modes.exit_ready.word)
+        exit_after(self.modes, self.modes.exit_ready)
         for mode in (self.modes.listen, self.modes.core):
             if mode.word in ("close", "exit", "stop"):
                 timer = threading.Timer(mode.after_s, self.events.put, [mode.word])
@@ -226,6 +213,24 @@ class ApiServer:
 BORN = time.monotonic()
 
 
+def share_s(modes: Modes, share: str) -> float:
+    return min(modes.start_s * SHARES[share], LONGEST[share] / modes.speed)
+
+
+def exit_after(modes: Modes, exit_: Timed) -> None:
+    """By a timer and its signal: a thread would not survive the forks that follow, nor they it."""
+    if exit_:
+        signal.signal(signal.SIGALRM, lambda *_: exit_as_told(modes, exit_.word))
+        signal.setitimer(signal.ITIMER_REAL, max(exit_.after_s, 0.001))
+
+
+def exit_as_told(modes: Modes, code: str) -> None:
+    """Nobody is told, and the children live on."""
+    if modes.error:
+        Output("EngineCore").log(modes.error, "ERROR", "core.py:1512")
+    os._exit(int(code))
+
+
 def dump(path: str, argv: list[str]) -> None:
     """What a test wants to know of how it was executed."""
     if path:
@@ -249,7 +254,8 @@ def main(argv: list[str]) -> int:
     dump(modes.dump, argv)
     with suppress(OSError), open("/proc/self/comm", "w") as file:
         file.write("vllm")
-    time.sleep(modes.start_s * SHARES["imports"])  # no handler yet: a SIGTERM ends it with -15
+    exit_after(modes, modes.exit)
+    time.sleep(share_s(modes, "imports"))  # no handler yet: a SIGTERM ends it with -15
     try:
         options = parse([normal(argument) for argument in argv[2:]])
     except SystemExit as error:

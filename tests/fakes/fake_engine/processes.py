@@ -145,6 +145,7 @@ class Core:
             self.left[request["id"]] = request["tokens"]
         else:
             self.left.pop(request["id"], None)
+            self.report([], [])
 
     def step(self) -> None:
         time.sleep(self.modes.token_s)
@@ -157,8 +158,11 @@ class Core:
         finished = [request for request in running if not self.left[request]]
         for request in finished:
             del self.left[request]
+        self.report(running, finished)
+
+    def report(self, tokens: list[str], finished: list[str]) -> None:
         still = min(self.slots, len(self.left))
-        self.tell({"tokens": running, "finished": finished, "running": still, "waiting": len(self.left) - still})
+        self.tell({"tokens": tokens, "finished": finished, "running": still, "waiting": len(self.left) - still})
 
     def tell(self, message: dict[str, object]) -> None:
         with suppress(OSError):
@@ -186,7 +190,9 @@ def start(modes: Modes, slots: int, share_s: float, listener: list[socket.socket
 def start_stray(wanted: frozenset[str], listener: list[socket.socket]) -> None:
     """A process that a supervisor must find without its parent, name, session or environment."""
     if wanted:
-        fork(lambda: stray(wanted), [] if "port" in wanted else listener)
+        pid = fork(lambda: stray(wanted), [] if "port" in wanted else listener)
+        if "fork" in wanted:
+            os.waitpid(pid, 0)
 
 
 def stray(wanted: frozenset[str]) -> None:

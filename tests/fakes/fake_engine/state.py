@@ -95,7 +95,7 @@ class Served:
 
     def count(self, message: dict[str, Any]) -> None:
         self.counters.running, self.counters.waiting = message["running"], message["waiting"]
-        if self.modes.heartbeat != "frozen":
+        if self.modes.heartbeat != "frozen" and message["tokens"]:
             self.counters.steps += 1
             self.counters.generated += len(message["tokens"])
             self.counters.succeeded += len(message["finished"])

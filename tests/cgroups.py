@@ -1,0 +1,51 @@
+"""A cgroup of a test's own that looks as systemd makes one for a unit, below the unified hierarchy wherever it is mounted."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from itertools import count
+from pathlib import Path
+
+from tests import procs
+from tests.needs import need
+from vllmd.system.cgroupnames import unified_mount
+
+_numbers = count(1)
+
+
+class ServiceCgroup:
+    """`path` is .../vllmd-test-PID-N/vllmd@test.service; skips the test where no cgroup can be made."""
+
+    def __init__(self) -> None:
+        mount = Path(unified_mount().point or "/nowhere")
+        need(os.access(mount, os.W_OK), "a cgroup2 hierarchy that this user may write to")
+        self.top = mount / f"vllmd-test-{os.getpid()}-{next(_numbers)}"
+        self.path = self.top / "vllmd@test.service"
+        self.path.mkdir(parents=True)
+
+    def enter(self, argv: list[str]) -> list[str]:
+        """The command that enters the group before it becomes argv."""
+        return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs"), *argv]
+
+    def groups(self) -> list[Path]:
+        """All of it, the innermost first."""
+        return sorted((Path(folder) for folder, _, _ in os.walk(self.top)), reverse=True)
+
+    def members(self, prefix: str = "") -> list[int]:
+        """Processes in the groups whose name, or whose parent's below the unit, starts with `prefix`."""
+        found = []
+        for group in self.groups():
+            inside = group.relative_to(self.top).parts[1:2]
+            if prefix and not (inside and inside[0].startswith(prefix)):
+                continue
+            with contextlib.suppress(OSError):
+                found += [int(line) for line in (group / "cgroup.procs").read_text().split()]
+        return [pid for pid in found if procs.is_alive(pid)]
+
+    def remove(self) -> None:
+        if (self.top / "cgroup.kill").exists():
+            (self.top / "cgroup.kill").write_text("1")
+        procs.wait_until("an empty cgroup", lambda: "populated 0" in (self.top / "cgroup.events").read_text())
+        for group in self.groups():
+            group.rmdir()
