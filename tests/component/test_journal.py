@@ -191,6 +191,32 @@ def test_close_sends_what_it_can_within_its_time(journal: Journal, journald: Jou
     assert 0.05 < time.monotonic() - started < 1.0
 
 
+def test_the_reason_of_the_end_is_told_although_the_loop_is_gone(path: Path, journald: Journald) -> None:
+    read, write = os.pipe()
+    for sink in (Journal({}, path=path), Stderr({}, descriptor=write)):
+
+        async def run(sink: Journal | Stderr = sink) -> None:
+            sink.attach(asyncio.get_running_loop())
+
+        asyncio.run(run())
+        sink.close()
+        sink.event("failed", "the reason", priority=3)
+        sink.close()
+    assert journald.receive()["MESSAGE"] == "the reason"
+    assert os.read(read, 100) == b"ERROR  the reason\n"
+    os.close(read)
+    os.close(write)
+
+
+def test_a_full_journal_after_the_loop_is_gone_raises_nothing(journal: Journal, journald: Journald) -> None:
+    async def run() -> None:
+        journal.attach(asyncio.get_running_loop())
+
+    asyncio.run(run())
+    while journal.waiting < 10:
+        journal.event("", "x")
+
+
 # --- which one, and the terminal
 
 

@@ -42,8 +42,9 @@ class Leftover:
 class Family(Protocol):
     """One launch at a time. Nothing here raises for a process that is gone already."""
 
-    cgroup_dir: str
-    """The directory that the engine's first process enters; '' before prepare(), and without a cgroup."""
+    @property
+    def cgroup_dir(self) -> str:
+        """The directory that the engine's first process enters; '' before prepare(), and without a cgroup."""
 
     @property
     def cgroup_path(self) -> str:

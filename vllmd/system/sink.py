@@ -80,10 +80,12 @@ class Sink:
         return not self._outbox
 
     def close(self, timeout_s: float = 0.5) -> None:
-        """Send what can be sent within the time, and let go of everything. Idempotent."""
+        """Send what can be sent within the time, and let go of everything, the loop too. What comes later (the reason of
+        the end, told after the loop is gone) opens it again. Idempotent."""
         self.flush(timeout_s)
         self._stop_waiting()
         self._release()
+        self._loop = None
 
     # --- what differs
 
@@ -130,25 +132,28 @@ class Sink:
         counts: dict[str, object] = {"dropped_lines": lines, "dropped_events": events}
         self._outbox.put_event(self._encode_event("lines-dropped", text, WARNING, counts))
 
+    def _usable_loop(self) -> asyncio.AbstractEventLoop | None:
+        return None if self._loop is None or self._loop.is_closed() else self._loop
+
     def _wait_writable(self) -> None:
         descriptor = self._descriptor_now()
-        if self._loop is not None and descriptor >= 0 and self._writer_fd < 0:
+        if (loop := self._usable_loop()) is not None and descriptor >= 0 and self._writer_fd < 0:
             with contextlib.suppress(OSError):  # a regular file cannot be waited for, and never blocks
-                self._loop.add_writer(descriptor, self._flush)
+                loop.add_writer(descriptor, self._flush)
                 self._writer_fd = descriptor
 
     def _wait_retry(self) -> None:
         self._forget_writer()
-        if self._loop is not None and self._retry is None:
-            self._retry = self._loop.call_later(RETRY_S, self._try_again)
+        if (loop := self._usable_loop()) is not None and self._retry is None:
+            self._retry = loop.call_later(RETRY_S, self._try_again)
 
     def _try_again(self) -> None:
         self._retry = None
         self._flush()
 
     def _forget_writer(self) -> None:
-        if self._writer_fd >= 0 and self._loop is not None and not self._loop.is_closed():
-            self._loop.remove_writer(self._writer_fd)
+        if self._writer_fd >= 0 and (loop := self._usable_loop()) is not None:
+            loop.remove_writer(self._writer_fd)
         self._writer_fd = -1
 
     def _stop_waiting(self) -> None:

@@ -25,6 +25,7 @@ class Stderr(Sink):
     def __init__(self, fields: Mapping[str, object], *, descriptor: int = 2, outbox: Outbox | None = None) -> None:
         super().__init__(fields, outbox)
         self._colour = os.isatty(descriptor) and "NO_COLOR" not in os.environ
+        self._original = descriptor
         self._descriptor = _open_again(descriptor)
 
     def _encode_event(self, event_id: str, message: str, priority: int, fields: Mapping[str, object]) -> bytes:
@@ -41,6 +42,8 @@ class Stderr(Sink):
         return f"\x1b[{colour}m{text}\x1b[0m" if self._colour and text else text
 
     def _transmit(self, entry: bytes) -> Outcome:
+        if self._descriptor < 0:
+            self._descriptor = _open_again(self._original)
         try:
             written = os.write(self._descriptor, entry)
         except BlockingIOError:
