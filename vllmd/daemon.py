@@ -38,6 +38,7 @@ from vllmd.system.terminal import Stderr
 TICK = object()
 """Goes through the queue of events like any other: WATCHDOG=1 is sent when it comes out, so it says that the loop turns."""
 
+LEVELS = {"error": 3, "warning": 4, "info": 6, "debug": 7}
 STAGE_EVENTS = {"preflight": "preflight-failed", "resolve": "model-failed"}
 
 
@@ -77,6 +78,7 @@ class Daemon:
             (signal.SIGHUP, ev.ReloadRequested()),
         ):
             loop.add_signal_handler(number, self.post, event)
+        self.journal.level = LEVELS[self.config.log.level]
         self.journal.attach(loop)
         with InstanceLock(self.prepared.paths, self.prepared.instance):
             control = await serve_control(self.board, self.journal, lambda: self._engine.output.dropped if self._engine else 0)
@@ -303,6 +305,7 @@ class Daemon:
             return
         changes = reload.compare(self.config, fresh.config)
         self.config = reload.apply_live(self.config, fresh.config)
+        self.journal.level = LEVELS[self.config.log.level]
         told = f"applied: {', '.join(changes.live)}" if changes.live else "nothing changed that applies now"
         self.journal.event("reloaded", f"configuration read again; {told}", priority=5)
         if changes.restart:

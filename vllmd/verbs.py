@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 
 from vllmd import stages
+from vllmd.config.layers import check_instance_name
 from vllmd.config.paths import Paths
 from vllmd.core.plan import ResolvedModel
 from vllmd.errors import ConfigError, VllmdError
@@ -30,6 +31,7 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
     from vllmd.system.journal import open_journal
     from vllmd.system.notify import Notifier
 
+    check_instance_name(options.name)  # before anything is written under that name
     notifier = Notifier.from_environ(os.environ)
     environ = _environ()
     journal = open_journal(environ, {"VLLMD_INSTANCE": options.name})
@@ -102,5 +104,4 @@ def serve(options: argparse.Namespace, paths: Paths) -> int:
     where = stages.context(prepared)
     stages.plan(prepared, where)
     directory = _resolved(prepared).directory
-    rest = options.rest[1:] if options.rest[:1] == ["--"] else options.rest
-    return serve_instance(where, prepared.engine, directory, rest, print_cmd=options.print_cmd, dry_run=options.dry_run)
+    return serve_instance(where, prepared.engine, directory, options.rest, print_cmd=options.print_cmd, dry_run=options.dry_run)

@@ -73,7 +73,6 @@ class Model:
     cache_integrity_hash: bool = setting(False, p.boolean, "VLLM_CACHE_INTEGRITY_HASH", "Remember sums that were checked, by modification time and size.")
     verify: str = setting("headers", p.choice("headers", "sha256"), "VLLMD_VERIFY", "What must be verified before READY: the headers, or every byte against the manifest.")
     keep_logs: bool = setting(False, p.boolean, "VLLM_KEEP_LOGS", "Keep logs of fetches that succeeded.")
-    source_timeout_s: float = setting(3600.0, p.number(low=0), "VLLMD_SOURCE_TIMEOUT_S", "How long the sources are retried within one start.", unit="s")
     r2_bucket: str = setting("", p.text, "R2_BUCKET", "Bucket of the r2 source (any S3-compatible store).")
     r2_models_prefix: str = setting("", p.text, "R2_MODELS_PREFIX", "Key prefix under which models lie in the bucket.")
     r2_endpoint_url: str = setting("", p.text, "R2_ENDPOINT_URL", "Endpoint of the store.")

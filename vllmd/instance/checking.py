@@ -32,6 +32,7 @@ def preflight_request(engine: Engine, context: Context, plan: Plan, *, dry_run: 
         archs=installed.archs,
         lock_path=_lock_path(context, plan),
         remove_stale=not dry_run,
+        gpu_release_timeout_s=config.stop.gpu_release_timeout_s,
     )
 
 
