@@ -28,14 +28,39 @@ from typing import Any, Self
 from tests import procs
 from tests.cgroups import ServiceCgroup
 from tests.engine.server import UnixConnection
+from tests.fakes.fake_engine.arguments import build_parser
 from tests.notify_socket import Message, NotifySocket
 from tests.ports import free_port
+from vllmd.engines import record
 from vllmd.models import demo
 
 FAKE = Path(__file__).resolve().parent / "fakes" / "engine.py"
 MARK = "TEST_ROOT"
 """In the environment of the daemon and of the engine: whatever carries it is ended with the harness."""
 Config = Mapping[str, Any]
+
+
+def install_fake(engines: Path) -> Path:
+    """The fake engine as `vllmctl engine install` leaves an engine, with its flags on record; returns its program.
+
+    A plain `engine.executable:` with the fake's path works too, but then vllmd knows none of its flags, as with any vLLM
+    that it has not installed, and leaves out those that not every version has (--shutdown-timeout)."""
+    directory = engines / "vllm-0.32.0-fake"
+    program = directory / "bin/vllm"
+    if not program.exists():
+        program.parent.mkdir(parents=True)
+        program.write_text(f'#!/bin/sh\nexec {FAKE} "$@"\n')
+        program.chmod(0o755)
+        record.write(directory, record.Record("0.32.0", "cpu", *flags()))
+        (engines / record.CURRENT).symlink_to(directory.name)
+    return program
+
+
+def flags() -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Every option of the fake, and those without a value."""
+    actions = build_parser()._actions
+    names = {name: action.nargs == 0 for action in actions for name in action.option_strings}
+    return tuple(sorted(names)), tuple(sorted(name for name, alone in names.items() if alone))
 
 
 def merged(below: Config, above: Config) -> dict[str, Any]:
@@ -50,7 +75,8 @@ def merged(below: Config, above: Config) -> dict[str, Any]:
 class Instance:
     """One instance and its root. Every method may be called again after `start`: a root outlives its daemons.
 
-    `config` is merged into a configuration that starts the fake engine on a tiny model; `fake` holds FAKE_ modes;
+    `config` is merged into a configuration that starts `engine` (the fake one, installed in the root) on a tiny model of
+    the `task`; `fake` holds FAKE_ modes;
     `env` goes to the daemon; `watchdog_s` sets WATCHDOG_USEC; `root` shares the root of another instance.
     """
 
@@ -61,7 +87,7 @@ class Instance:
         config: Config | None = None,
         fake: Mapping[str, str] | None = None,
         env: Mapping[str, str] | None = None,
-        engine: Path = FAKE,
+        engine: Path | None = None,
         task: str = "generate",
         cgroup: bool = False,
         watchdog_s: float = 0.0,
@@ -76,7 +102,7 @@ class Instance:
         if not model.exists():
             demo.make(model, task)
         (self.root / "etc").mkdir(exist_ok=True)
-        self.config = merged(self._defaults(engine, model, fake or {}), config or {})
+        self.config = merged(self._defaults(engine or install_fake(self.root / "engines"), model, fake or {}), config or {})
         self.write_config()
         self.cgroup = ServiceCgroup() if cgroup else None
         self.notify = NotifySocket(self.root / f"{name}.notify")
@@ -87,7 +113,6 @@ class Instance:
         if cgroup:
             self.env["INVOCATION_ID"] = "0123456789abcdef0123456789abcdef"
         self.daemon: subprocess.Popen[bytes] | None = None
-        self._known: set[int] = set()
 
     def _defaults(self, engine: Path, model: Path, fake: Mapping[str, str]) -> dict[str, Any]:
         return {
@@ -152,7 +177,6 @@ class Instance:
             self.daemon = subprocess.Popen(
                 argv, env=self.env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
             )
-        self._known.add(self.daemon.pid)
         return self
 
     @property
@@ -166,7 +190,9 @@ class Instance:
     def wait_exit(self, timeout_s: float = 30.0) -> int:
         assert self.daemon is not None
         try:
-            return self.daemon.wait(timeout_s)
+            status = self.daemon.wait(timeout_s)
+            procs.reap_adopted()
+            return status
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {timeout_s:g} s\n{self.describe()}") from None
 
@@ -260,15 +286,9 @@ class Instance:
         procs.kill_all(left)
         if self.daemon:
             self.daemon.wait(10)
-        self._reap()
+        procs.reap_adopted()
         if self.cgroup:
             self.cgroup.remove()
         self.notify.close()
         if self.owns_root:
             shutil.rmtree(self.root)
-
-    def _reap(self) -> None:
-        """A daemon that was killed leaves us its zombies: children of ours that nobody here has started."""
-        for session in self._known:
-            for pid in procs.zombies_of_session(session):
-                procs.reap([pid])

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import os
 import signal
+import subprocess
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -120,7 +122,7 @@ def reap(pids: Iterable[int]) -> None:
             os.waitpid(pid, os.WNOHANG)
 
 
-def zombies_of_session(sid: int) -> list[int]:
-    """Our own children that have ended and that nobody has waited for."""
-    wanted = ("Z", sid, os.getpid())
-    return [process.pid for process in everything() if (process.state, process.sid, process.ppid) == wanted]
+def reap_adopted() -> None:
+    """Our zombies that nobody here has started: what a daemon that ended has left to its subreaper, us. PID 1's job."""
+    started = {item.pid for item in gc.get_objects() if isinstance(item, subprocess.Popen) and item.returncode is None}
+    reap(each.pid for each in everything() if (each.state, each.ppid) == ("Z", os.getpid()) and each.pid not in started)

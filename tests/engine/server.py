@@ -63,7 +63,7 @@ class EngineServer:
         self.port = port or free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="ve-"))
         config = self.folder / "config.yaml"
-        config.write_text(f"api-key: {KEY}\n")
+        config.write_text(f"api-key:\n- {KEY}\n")
         config.chmod(0o600)
         directory = str(kind.models / model) if "/" not in model else model
         where = ["--uds", uds] if uds else ["--host", "127.0.0.1", "--port", str(self.port)]

@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model")
     parser.add_argument("--headless", action="store_true")
     for name in VALUES:
-        parser.add_argument(f"--{name}", nargs="+" if name == "served-model-name" else None)
+        parser.add_argument(f"--{name}", nargs="+" if name in ("served-model-name", "api-key") else None)
     parser.add_argument("-tp", dest="tensor_parallel_size")
     parser.add_argument("-pp", dest="pipeline_parallel_size")
     for name in SWITCHES:
@@ -45,18 +45,25 @@ def normal(argument: str) -> str:
 
 
 def from_config(path: str) -> list[str]:
-    """Top-level `key: value` lines of a YAML file, as arguments. No nesting: a mapping stands there as JSON."""
-    arguments = []
+    """Top-level `key: value` lines of a YAML file and lists of `- item` lines, as arguments. No deeper nesting."""
+    arguments: list[str] = []
     for line in Path(path).read_text().splitlines():
-        key, colon, value = line.partition(":")
-        value = value.strip()
-        if not colon or line[0] in " #-":
-            continue
-        if value.startswith('"'):
-            value = json.loads(value)
-        value = value.strip("'")
-        arguments += {"true": [f"--{key}"], "false": [f"--no-{key}"]}.get(value, [f"--{key}={value}"])
+        if line.startswith("- "):
+            arguments.append(scalar(line[2:]))
+        elif line[:1].isalpha():
+            key, _, value = line.partition(":")
+            arguments += entry(f"--{key}", scalar(value))
     return arguments
+
+
+def scalar(text: str) -> str:
+    text = text.strip()
+    return str(json.loads(text)) if text.startswith('"') else text.strip("'")
+
+
+def entry(flag: str, value: str) -> list[str]:
+    switch = {"true": [flag], "false": [flag.replace("--", "--no-", 1)], "": [flag]}
+    return switch.get(value, [flag, value])
 
 
 def parse(argv: list[str]) -> argparse.Namespace:

@@ -70,8 +70,8 @@ class Handler(BaseHTTPRequestHandler):
             return None
 
     def allowed(self) -> bool:
-        key = self.site.api_key
-        return not key or self.headers.get("authorization") == f"Bearer {key}"
+        keys = self.site.api_keys
+        return not keys or self.headers.get("authorization") in [f"Bearer {key}" for key in keys]
 
     def reply(self, body: Json | str | bytes | None, status: int = 200, kind: str = "application/json") -> None:
         data = json.dumps(body).encode() if isinstance(body, dict) else (body or b"")

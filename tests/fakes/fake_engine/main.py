@@ -44,7 +44,7 @@ class ApiServer:
 
     def __init__(self, options: argparse.Namespace, modes: Modes) -> None:
         self.options, self.modes = options, modes
-        self.output = Output("APIServer", silent=modes.output == "silent")
+        self.output = Output("APIServer", silent=modes.output == "silent", access_log=not options.disable_uvicorn_access_log)
         self.events: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.sock: socket.socket | None = None
         self.server: Server | None = None
@@ -135,7 +135,7 @@ class ApiServer:
         task = task_of(model, self.modes.task, self.options.runner)
         self.output.log(f"Supported tasks: ['{task}']", place="entry.py:136")
         name = names[0] if isinstance(names, list) else names or model
-        return Site(name, model, max_len, self.options.api_key or "", task, self.modes, self.served, self.output)
+        return Site(name, model, max_len, tuple(self.options.api_key or ()), task, self.modes, self.served, self.output)
 
     def listen(self) -> None:
         mode = self.modes.listen.word

@@ -24,6 +24,7 @@ class Output:
 
     who: str
     silent: bool = False
+    access_log: bool = True
 
     def log(self, text: str, level: str = "INFO", place: str = "api_server.py:1") -> None:
         stamp = time.strftime("%m-%d %H:%M:%S")
@@ -34,7 +35,8 @@ class Output:
         self.write(2, f"{text}\n".encode())
 
     def access(self, client: str, request: str, status: str) -> None:
-        self.write(1, f'INFO:     {client} - "{request}" {status}\n'.encode())
+        if self.access_log:
+            self.write(1, f'INFO:     {client} - "{request}" {status}\n'.encode())
 
     def banner(self, model: str) -> None:
         for line in BANNER:

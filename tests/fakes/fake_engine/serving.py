@@ -30,7 +30,7 @@ class Site:
     name: str
     model: str
     max_len: int
-    api_key: str
+    api_keys: tuple[str, ...]
     task: str
     modes: Modes
     served: Served
