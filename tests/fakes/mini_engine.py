@@ -53,6 +53,9 @@ class Mini:
     def proofs(self, context: Context, task: str) -> tuple[ProofRequest, ...]:
         return (ProofRequest("POST", "/echo", {"say": "ah"}, lambda body: "" if body == {"say": "ah"} else "no echo", {}, "an echo"),)
 
+    def example(self, context: Context, model: Path) -> tuple[str, object] | None:
+        return "/echo", {"say": "hello"}
+
     def memory_fraction(self, context: Context) -> float:
         return 0.0
 

@@ -88,6 +88,9 @@ class Engine(Protocol):
         """The requests that prove life for the task; () where /health is all that can be asked. Tried in order; the
         first whose route exists (not 404) decides."""
 
+    def example(self, context: Context, model: Path) -> tuple[str, Any] | None:
+        """Path and JSON body of a request that a person would try first; None where there is none."""
+
     def memory_fraction(self, context: Context) -> float:
         """Share of each GPU's memory that it will ask for (0 where it does not say)."""
 

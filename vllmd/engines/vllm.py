@@ -65,6 +65,9 @@ class Vllm:
         keys = _keys(context)
         return vllm_proof.proofs(task, served_name(context.config), keys[0] if keys else "")
 
+    def example(self, context: Context, model: Path) -> tuple[str, Any] | None:
+        return vllm_proof.example(self.task(context, model), served_name(context.config), chats=vllm_task.has_chat_template(model))
+
     def memory_fraction(self, context: Context) -> float:
         said = context.config.tuning.gpu_memory_utilization or vllm_check.arguments(context).get("gpu-memory-utilization")
         try:

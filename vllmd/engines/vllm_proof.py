@@ -27,6 +27,21 @@ def proofs(task: str, served_name: str, api_key: str) -> tuple[ProofRequest, ...
     return builder(served_name, headers) if builder else ()
 
 
+def example(task: str, model: str, *, chats: bool) -> tuple[str, Any] | None:
+    """Path and body of what a person would try first. Without a chat template the chat route answers 400."""
+    match task:
+        case "generate" if chats:
+            return "/v1/chat/completions", {"model": model, "max_tokens": 32, "messages": [{"role": "user", "content": "Hello!"}]}
+        case "generate":
+            return "/v1/completions", {"model": model, "max_tokens": 32, "prompt": "Hello!"}
+        case "embed":
+            return "/v1/embeddings", {"model": model, "input": "Hello!"}
+        case "score":
+            return "/score", {"model": model, "text_1": "Hello!", "text_2": "Hello!"}
+        case _:
+            return None
+
+
 def _generate(model: str, headers: Mapping[str, str]) -> tuple[ProofRequest, ...]:
     limits = {"model": model, "max_tokens": 1, "temperature": 0}
     chat = {**limits, "messages": [{"role": "user", "content": _TEXT}]}

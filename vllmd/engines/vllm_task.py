@@ -69,3 +69,11 @@ def _json(path: Path) -> Any:
             return json.loads(stream.read(_LIMIT_BYTES))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+def has_chat_template(model: Path) -> bool:
+    """Whether the tokenizer brings one."""
+    if (model / "chat_template.jinja").is_file() or (model / "chat_template.json").is_file():
+        return True
+    settings = _json(model / "tokenizer_config.json")
+    return isinstance(settings, dict) and bool(settings.get("chat_template"))

@@ -202,10 +202,9 @@ class EngineLife:
 
     def show_example(self) -> None:
         """For a person in the foreground: a request that works."""
-        shown = getattr(self.engine, "example", None)
-        if shown is None or self._model is None:
+        if self._model is None:
             return
-        sample = shown(self.context, self._model.directory)
+        sample = self.engine.example(self.context, self._model.directory)
         if sample is not None:
             path, body = sample
             text = example(self.plan.endpoints[0], json.dumps(body), path, with_key=bool(self._secrets))
