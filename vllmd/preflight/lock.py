@@ -138,7 +138,7 @@ def _refused(path: Path, reason: str) -> PermissionMissing:
 
 def _holder(fd: int) -> str:
     with contextlib.suppress(OSError):
-        text = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
+        text = os.pread(fd, 32, 0).decode(errors="replace").strip()
         if text.isdigit():
             return f" by process {text}"
     return ""

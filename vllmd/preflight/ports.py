@@ -7,6 +7,7 @@ gone (TIME_WAIT and the like), which are no obstacle to a server that sets SO_RE
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import socket
 from collections.abc import Iterable
@@ -52,6 +53,10 @@ class Target:
 
 def targets_of(host: str, port: int) -> tuple[Target, ...]:
     """Every address of the host, as the engine's own resolver sees it. ConfigError when there is none."""
+    for family in _FAMILIES:  # an address needs no resolver, and Python's loads a codec for host names first
+        with contextlib.suppress(OSError, UnicodeError):
+            socket.inet_pton(family, host)
+            return (Target(family, (host, port)),)
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError) as error:
@@ -139,7 +144,7 @@ def _unmapped(address: str) -> str:
 
 def _v6only_by_default() -> bool:
     try:
-        with open("/proc/sys/net/ipv6/bindv6only", encoding="ascii") as text:
+        with open("/proc/sys/net/ipv6/bindv6only", encoding="utf-8") as text:
             return text.read().strip() == "1"
     except OSError:
         return False

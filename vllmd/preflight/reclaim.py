@@ -101,7 +101,7 @@ def _kill(family: Family, deadline: float) -> None:
 def _kill_cgroup(cgroup: str, untouchable: frozenset[int]) -> None:
     folder = cgroupnames.unified_mount().directory(cgroup)
     if folder and not untouchable & set(cgroupnames.members(cgroup)):
-        with contextlib.suppress(OSError), open(f"{folder}/cgroup.kill", "w", encoding="ascii") as file:
+        with contextlib.suppress(OSError), open(f"{folder}/cgroup.kill", "w", encoding="utf-8") as file:
             file.write("1")
 
 

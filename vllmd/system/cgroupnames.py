@@ -106,7 +106,7 @@ def members(cgroup: str) -> list[int]:
     found: list[int] = []
     for folder, _, _ in os.walk(top) if top else ():
         try:
-            with open(f"{folder}/cgroup.procs", encoding="ascii") as lines:
+            with open(f"{folder}/cgroup.procs", encoding="utf-8") as lines:
                 found += [int(line) for line in lines]
         except OSError:
             continue

@@ -185,7 +185,7 @@ def _from_proc() -> Iterator[Socket]:
 
 
 def _table(path: str, family: int) -> Iterator[Socket]:
-    with open(path, encoding="ascii", errors="replace") as lines:
+    with open(path, encoding="utf-8", errors="replace") as lines:
         next(lines, None)
         for line in lines:
             fields = line.split()
