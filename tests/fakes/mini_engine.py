@@ -1,6 +1,6 @@
 """A second engine in two screens: a plug-in, and the server that it runs. It proves that nothing outside engines/ knows vLLM.
 
-    python mini_engine.py --port P [--delay S]      serves /alive, and POST /echo which answers what it was sent
+python mini_engine.py --port P [--delay S]      serves /alive, and POST /echo which answers what it was sent
 """
 
 from __future__ import annotations
@@ -45,13 +45,19 @@ class Mini:
     def command(self, context: Context, model: str) -> Command:
         port, delay = str(context.config.serve.port), str(context.config.tuning.delay_s)
         argv = (context.installed.executable, __file__, "--port", port, "--delay", delay, "--model", model)
-        return Command(argv, {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2]), **context.config.engine.env})
+        return Command(
+            argv, {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[2]), **context.config.engine.env}
+        )
 
     def task(self, context: Context, model: Path) -> str:
         return "generate"
 
     def proofs(self, context: Context, task: str) -> tuple[ProofRequest, ...]:
-        return (ProofRequest("POST", "/echo", {"say": "ah"}, lambda body: "" if body == {"say": "ah"} else "no echo", {}, "an echo"),)
+        return (
+            ProofRequest(
+                "POST", "/echo", {"say": "ah"}, lambda body: "" if body == {"say": "ah"} else "no echo", {}, "an echo"
+            ),
+        )
 
     def example(self, context: Context, model: Path) -> tuple[str, object] | None:
         return "/echo", {"say": "hello"}

@@ -24,10 +24,28 @@ FLAGS = frozenset(_KNOWN.split())
 
 
 def installed(**changes: Any) -> Installed:
-    return replace(Installed("/opt/vllmd/engines/vllm-0.32.0-cpu/bin/vllm", "0.32.0", "cpu", "/opt/vllmd/engines/vllm-0.32.0-cpu/bin/python3", FLAGS), **changes)
+    return replace(
+        Installed(
+            "/opt/vllmd/engines/vllm-0.32.0-cpu/bin/vllm",
+            "0.32.0",
+            "cpu",
+            "/opt/vllmd/engines/vllm-0.32.0-cpu/bin/python3",
+            FLAGS,
+        ),
+        **changes,
+    )
 
 
-def context(root: Path, settings: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None, **engine: Any) -> Context:
+def context(
+    root: Path, settings: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None, **engine: Any
+) -> Context:
     """`settings` by key, as on the command line (`serve.port`)."""
-    loaded = layers.load(root_paths(root), None, environ or {}, {"model": "/models/demo", **(settings or {})}, lambda _name: Tuning, read_files=False)
+    loaded = layers.load(
+        root_paths(root),
+        None,
+        environ or {},
+        {"model": "/models/demo", **(settings or {})},
+        lambda _name: Tuning,
+        read_files=False,
+    )
     return Context(loaded.config, root_paths(root), "demo", installed(**engine), environ or {})

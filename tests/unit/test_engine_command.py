@@ -28,7 +28,13 @@ SECRET = "sk-very-secret-0123"
 def test_identity_of_the_server_always_stands_on_the_command_line(tmp_path: Path) -> None:
     argv = list(Vllm().command(context(tmp_path, {"serve.port": "8123"}), "/models/demo").argv)
     assert argv[1:3] == ["serve", "/models/demo"]
-    for flag, value in {"--host": "127.0.0.1", "--port": "8123", "--served-model-name": "demo", "--tensor-parallel-size": "1", "--pipeline-parallel-size": "1"}.items():
+    for flag, value in {
+        "--host": "127.0.0.1",
+        "--port": "8123",
+        "--served-model-name": "demo",
+        "--tensor-parallel-size": "1",
+        "--pipeline-parallel-size": "1",
+    }.items():
         assert argv[argv.index(flag) + 1] == value
     assert argv[argv.index("--shutdown-timeout") + 1] == "30"
     assert "--disable-uvicorn-access-log" in argv
@@ -36,8 +42,19 @@ def test_identity_of_the_server_always_stands_on_the_command_line(tmp_path: Path
 
 def test_tuning_is_passed_only_when_set(tmp_path: Path) -> None:
     bare = Vllm().command(context(tmp_path), "/m").argv
-    assert not {"--max-model-len", "--kv-cache-dtype", "--enable-prefix-caching", "--no-enable-prefix-caching", "--gpu-memory-utilization"} & set(bare)
-    settings = {"serve.max_model_len": "4096", "serve.prefix_caching": "false", "serve.max_tokens": "7", "serve.kv_cache_dtype": "fp8"}
+    assert not {
+        "--max-model-len",
+        "--kv-cache-dtype",
+        "--enable-prefix-caching",
+        "--no-enable-prefix-caching",
+        "--gpu-memory-utilization",
+    } & set(bare)
+    settings = {
+        "serve.max_model_len": "4096",
+        "serve.prefix_caching": "false",
+        "serve.max_tokens": "7",
+        "serve.kv_cache_dtype": "fp8",
+    }
     argv = list(Vllm().command(context(tmp_path, settings), "/m").argv)
     assert argv[argv.index("--max-model-len") + 1] == "4096"
     assert argv[argv.index("--override-generation-config") + 1] == '{"max_new_tokens": 7}'
@@ -93,7 +110,9 @@ def test_the_users_configuration_file_is_passed_as_it_is_without_a_key(tmp_path:
 
 def test_the_users_configuration_file_is_merged_with_the_key(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("dtype: half\ncompilation-config: {mode: 0}\n")
-    command = Vllm().command(context(tmp_path, {"engine.config_file": str(tmp_path / "c.yaml")}, {"VLLM_API_KEY": SECRET}), "/m")
+    command = Vllm().command(
+        context(tmp_path, {"engine.config_file": str(tmp_path / "c.yaml")}, {"VLLM_API_KEY": SECRET}), "/m"
+    )
     (content,) = command.private_files.values()
     assert yaml.safe_load(content) == {"dtype": "half", "compilation-config": {"mode": 0}, "api-key": [SECRET]}
 
@@ -122,21 +141,42 @@ def test_a_missing_configuration_file_is_named(tmp_path: Path) -> None:
 def test_the_environment_is_built_not_inherited(tmp_path: Path) -> None:
     environ = {
         "PATH": "/bin", "HOME": "/home/x", "LC_ALL": "C", "HTTPS_PROXY": "http://proxy", "NCCL_DEBUG": "INFO", "HF_HOME": "/hf", "VLLM_CPU_KVCACHE_SPACE": "4",
-        "HF_TOKEN": SECRET, "VLLM_PORT": "8001", "VLLM_HOST": "0.0.0.0", "VLLM_MODEL": "x", "NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "1", "LISTEN_FDS": "1",
+        "HF_TOKEN": SECRET, "HF_HUB_TOKEN": SECRET, "VLLM_S3_SECRET_KEY": SECRET, "VLLM_PORT": "8001", "VLLM_HOST": "0.0.0.0", "VLLM_MODEL": "x", "NOTIFY_SOCKET": "/n", "WATCHDOG_USEC": "1", "LISTEN_FDS": "1",
         "PYTHONPATH": "/p", "LD_PRELOAD": "/l", "PYTHONHOME": "/p", "MY_OWN": "1", "VLLMD_PROOF": "full", "VLLM_GPU_WARN_PCT": "50", "AWS_SECRET_ACCESS_KEY": SECRET,
     }  # fmt: skip
     env = Vllm().command(context(tmp_path, {"model": "/m"}, environ), "/m").env
     assert env["PATH"] == "/opt/vllmd/engines/vllm-0.32.0-cpu/bin:/bin"
-    assert (env["HOME"], env["LC_ALL"], env["HTTPS_PROXY"], env["NCCL_DEBUG"], env["HF_HOME"], env["VLLM_CPU_KVCACHE_SPACE"]) == ("/home/x", "C", "http://proxy", "INFO", "/hf", "4")
-    dropped = {name for name in environ if name not in ("PATH", "HOME", "LC_ALL", "HTTPS_PROXY", "NCCL_DEBUG", "HF_HOME", "VLLM_CPU_KVCACHE_SPACE")}
+    assert (
+        env["HOME"],
+        env["LC_ALL"],
+        env["HTTPS_PROXY"],
+        env["NCCL_DEBUG"],
+        env["HF_HOME"],
+        env["VLLM_CPU_KVCACHE_SPACE"],
+    ) == ("/home/x", "C", "http://proxy", "INFO", "/hf", "4")
+    dropped = {
+        name
+        for name in environ
+        if name not in ("PATH", "HOME", "LC_ALL", "HTTPS_PROXY", "NCCL_DEBUG", "HF_HOME", "VLLM_CPU_KVCACHE_SPACE")
+    }
     assert not dropped & set(env)
     assert SECRET not in env.values()
     assert (env["PYTHONUNBUFFERED"], env["HF_HUB_OFFLINE"], env["VLLM_LOGGING_LEVEL"]) == ("1", "1", "INFO")
     assert env["VLLM_CACHE_ROOT"] == str(tmp_path / "cache/vllm")
 
 
+def test_a_variable_about_tokens_of_text_is_no_secret(tmp_path: Path) -> None:
+    environ = {"VLLM_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD": "256"}
+    assert (
+        Vllm().command(context(tmp_path, environ=environ), "/m").env["VLLM_SHARED_EXPERTS_STREAM_TOKEN_THRESHOLD"]
+        == "256"
+    )
+
+
 def test_engine_env_wins_and_may_not_hold_what_is_never_passed(tmp_path: Path) -> None:
-    where = context(tmp_path, {"engine.env": {"OMP_NUM_THREADS": "3", "VLLM_CACHE_ROOT": "/c"}}, {"OMP_NUM_THREADS": "8"})
+    where = context(
+        tmp_path, {"engine.env": {"OMP_NUM_THREADS": "3", "VLLM_CACHE_ROOT": "/c"}}, {"OMP_NUM_THREADS": "8"}
+    )
     env = Vllm().command(where, "/m").env
     assert (env["OMP_NUM_THREADS"], env["VLLM_CACHE_ROOT"]) == ("3", "/c")
     for name in ("PYTHONPATH", "NOTIFY_SOCKET", "WATCHDOG_PID", "VLLM_API_KEY"):
@@ -160,7 +200,13 @@ def test_no_setting_of_ours_ever_reaches_the_engine(environ: dict[str, str]) -> 
 
 @pytest.mark.parametrize(
     ("gpus", "inherited", "visible"),
-    [("all", "3", "3"), ("none", "3", ""), ("2", "", "0,1"), ("2", "5,6,7", "5,6"), ("GPU-aa,GPU-bb", "", "GPU-aa,GPU-bb")],
+    [
+        ("all", "3", "3"),
+        ("none", "3", ""),
+        ("2", "", "0,1"),
+        ("2", "5,6,7", "5,6"),
+        ("GPU-aa,GPU-bb", "", "GPU-aa,GPU-bb"),
+    ],
 )
 def test_the_engine_sees_only_the_instances_gpus(tmp_path: Path, gpus: str, inherited: str, visible: str) -> None:
     environ = {"CUDA_VISIBLE_DEVICES": inherited} if inherited else {}

@@ -39,7 +39,20 @@ def test_a_flag_has_one_name_however_it_is_spelled(spelling: str, flag: str) -> 
     assert vllm_flags.canonical(spelling, FLAGS) == flag
 
 
-@pytest.mark.parametrize("key", ["port", "tensor-parallel-size", "tensor_parallel_size", "-tp", "--api-key", "shutdown-timeout", "config", "uds", "served-model-nam"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "port",
+        "tensor-parallel-size",
+        "tensor_parallel_size",
+        "-tp",
+        "--api-key",
+        "shutdown-timeout",
+        "config",
+        "uds",
+        "served-model-nam",
+    ],
+)
 def test_an_owned_flag_in_args_is_refused_and_names_its_setting(tmp_path: Path, key: str) -> None:
     where = context(tmp_path, {"engine.args": {key: "1"}})
     with pytest.raises(SettingRefused, match="is set by vllmd, from ") as caught:
@@ -56,15 +69,40 @@ def test_an_owned_flag_is_dropped_with_a_warning_when_flags_are_not_strict(tmp_p
     assert argv[argv.index("--dtype") + 1] == "half"
 
 
-@pytest.mark.parametrize("argv", [["--port", "9"], ["--port=9"], ["-tp", "2"], ["--tensor_parallel_size=2"], ["--host", "::"], ["--no-host"]])
+@pytest.mark.parametrize(
+    "argv", [["--port", "9"], ["--port=9"], ["-tp", "2"], ["--tensor_parallel_size=2"], ["--host", "::"], ["--no-host"]]
+)
 def test_an_owned_flag_after_the_dashes_is_refused(tmp_path: Path, argv: list[str]) -> None:
     with pytest.raises(SettingRefused, match=r"the command line.* set by vllmd"):
         pass_through(argv, context(tmp_path))
 
 
 def test_owned_flags_are_removed_together_with_their_values() -> None:
-    argv = ["--dtype", "half", "--served-model-name", "a", "b", "--port=9", "--enforce-eager", "-tp", "2", "--max-model-len", "9"]
-    assert vllm_flags.without_owned(argv, installed()) == ["--dtype", "half", "--enforce-eager", "--max-model-len", "9"]
+    argv = [
+        "--dtype",
+        "half",
+        "--served-model-name",
+        "a",
+        "b",
+        "--port=9",
+        "--enforce-eager",
+        "kept",
+        "--host=x",
+        "kept",
+        "-tp",
+        "2",
+        "--max-model-len",
+        "9",
+    ]
+    assert vllm_flags.without_owned(argv, installed()) == [
+        "--dtype",
+        "half",
+        "--enforce-eager",
+        "kept",
+        "kept",
+        "--max-model-len",
+        "9",
+    ]
 
 
 def test_an_unknown_flag_gets_a_suggestion_before_anything_is_run(tmp_path: Path) -> None:
@@ -107,7 +145,12 @@ def test_false_is_the_negative_flag_or_nothing_where_there_is_none() -> None:
 
 
 def test_a_flag_that_takes_one_value_at_a_time_is_repeated() -> None:
-    assert vllm_flags.render("middleware", ["a.b", "c.d"], installed()) == ["--middleware", "a.b", "--middleware", "c.d"]
+    assert vllm_flags.render("middleware", ["a.b", "c.d"], installed()) == [
+        "--middleware",
+        "a.b",
+        "--middleware",
+        "c.d",
+    ]
 
 
 def test_a_flag_and_its_setting_at_once_are_an_error(tmp_path: Path) -> None:

@@ -43,7 +43,9 @@ def environ(tmp_path: Path) -> dict[str, str]:
     (engine / "bin/vllm").touch()
     record.write(engine, record.Record("0.32.0", "cpu", tuple(FLAGS)))
     (tmp_path / "engines/current").symlink_to(engine.name)
-    (tmp_path / "model.env").write_text("export _VLLM_RESOLVED_MODEL=/models/demo\n_VLLM_MODEL_IDENTITY=org/demo\nHF_HUB_OFFLINE=1\n")
+    (tmp_path / "model.env").write_text(
+        "export _VLLM_RESOLVED_MODEL=/models/demo\n_VLLM_MODEL_IDENTITY=org/demo\nHF_HUB_OFFLINE=1\n"
+    )
     return {
         "PATH": "/bin", "HOME": "/home/x", "VLLM_MODEL_ID": "org/demo", "VLLM_MODEL_ENV_FILE": str(tmp_path / "model.env"), "VLLM_TENSOR_PARALLEL_SIZE": "1",
         "VLLM_PIPELINE_PARALLEL_SIZE": "1", "VLLM_MAX_MODEL_LEN": "4096", "VLLM_MAX_NUM_BATCHED_TOKENS": "2048", "VLLM_KV_CACHE_DTYPE": "auto",
@@ -64,7 +66,15 @@ def test_it_becomes_vllm_for_the_resolved_model(serve: Serve, environ: dict[str,
         serve(environ, "--dtype", "half", "--", "--max-num-seqs", "4")
     argv = caught.value.argv
     assert argv[1:3] == ["serve", "/models/demo"]
-    expected = {"--host": "127.0.0.1", "--port": "8123", "--max-model-len": "4096", "--kv-cache-dtype": "auto", "--served-model-name": "demo", "--dtype": "half", "--max-num-seqs": "4"}
+    expected = {
+        "--host": "127.0.0.1",
+        "--port": "8123",
+        "--max-model-len": "4096",
+        "--kv-cache-dtype": "auto",
+        "--served-model-name": "demo",
+        "--dtype": "half",
+        "--max-num-seqs": "4",
+    }
     for flag, value in expected.items():
         assert argv[argv.index(flag) + 1] == value
     assert "VLLM_PORT" not in caught.value.env
@@ -72,25 +82,45 @@ def test_it_becomes_vllm_for_the_resolved_model(serve: Serve, environ: dict[str,
 
 
 @pytest.mark.parametrize("name", serve_command.REQUIRED)
-def test_a_required_variable_that_is_missing_is_2(serve: Serve, environ: dict[str, str], name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_required_variable_that_is_missing_is_2(
+    serve: Serve, environ: dict[str, str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     for value in (None, "", " "):
-        changed = {key: text for key, text in environ.items() if key != name} | ({name: value} if value is not None else {})
+        changed = {key: text for key, text in environ.items() if key != name} | (
+            {name: value} if value is not None else {}
+        )
         assert serve(changed) == 2
         assert name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("VLLM_TENSOR_PARALLEL_SIZE", "0"), ("VLLM_MAX_MODEL_LEN", "1.5"), ("VLLM_KV_CACHE_DTYPE", "a b"), ("VLLM_PORT", "tcp://1:2"), ("VLLM_MAX_TOKENS", "-1"), ("VLLM_PREFIX_CACHING", "perhaps"), ("VLLM_STRICT_FLAGS", "2")],
+    [
+        ("VLLM_TENSOR_PARALLEL_SIZE", "0"),
+        ("VLLM_MAX_MODEL_LEN", "1.5"),
+        ("VLLM_KV_CACHE_DTYPE", "a b"),
+        ("VLLM_PORT", "tcp://1:2"),
+        ("VLLM_MAX_TOKENS", "-1"),
+        ("VLLM_PREFIX_CACHING", "perhaps"),
+        ("VLLM_STRICT_FLAGS", "2"),
+    ],
 )
-def test_a_wrong_variable_is_2(serve: Serve, environ: dict[str, str], name: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_wrong_variable_is_2(
+    serve: Serve, environ: dict[str, str], name: str, value: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert serve(environ | {name: value}) == 2
     assert name in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "content",
-    ["", "_VLLM_RESOLVED_MODEL=", "_VLLM_RESOLVED_MODEL=$(id)", "_VLLM_RESOLVED_MODEL=/m\n_VLLM_MODEL_IDENTITY=org/other", "not a line"],
+    [
+        "",
+        "_VLLM_RESOLVED_MODEL=",
+        "_VLLM_RESOLVED_MODEL=$(id)",
+        "_VLLM_RESOLVED_MODEL=/m\n_VLLM_MODEL_IDENTITY=org/other",
+        "not a line",
+    ],
 )
 def test_an_env_file_that_does_not_fit_is_1(serve: Serve, environ: dict[str, str], content: str) -> None:
     Path(environ["VLLM_MODEL_ENV_FILE"]).write_text(content)
@@ -132,7 +162,9 @@ def test_a_model_by_its_id_keeps_the_hubs_token(serve: Serve, environ: dict[str,
     assert (caught.value.env["HF_TOKEN"], caught.value.env["HF_HUB_OFFLINE"]) == ("hf_x", "0")
 
 
-def test_dry_run_prints_and_executes_nothing(serve: Serve, environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_prints_and_executes_nothing(
+    serve: Serve, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert serve(environ, "--dry-run", "--chat-template", "a b") == 1  # not a flag of this vLLM
     capsys.readouterr()
     assert serve(environ, "--dry-run", "--dtype", "a b") == 0
@@ -140,14 +172,18 @@ def test_dry_run_prints_and_executes_nothing(serve: Serve, environ: dict[str, st
     assert shlex.split(line)[-2:] == ["--dtype", "a b"]
 
 
-def test_print_cmd_prints_and_executes(serve: Serve, environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_print_cmd_prints_and_executes(
+    serve: Serve, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(Executed):
         serve(environ, "--print-cmd")
     assert "CMD: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv", [["--port", "9"], ["--", "-tp", "2"], ["--served_model_name=x"]])
-def test_an_owned_flag_is_1_or_dropped_with_a_warning(serve: Serve, environ: dict[str, str], argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_owned_flag_is_1_or_dropped_with_a_warning(
+    serve: Serve, environ: dict[str, str], argv: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert serve(environ, *argv) == 1
     assert "is set by vllmd" in capsys.readouterr().err
     with pytest.raises(Executed) as caught:
@@ -156,7 +192,9 @@ def test_an_owned_flag_is_1_or_dropped_with_a_warning(serve: Serve, environ: dic
     assert caught.value.argv[-1] not in ("9", "2", "--served_model_name=x")
 
 
-def test_the_key_is_not_on_the_command_line_and_not_printed(serve: Serve, environ: dict[str, str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_key_is_not_on_the_command_line_and_not_printed(
+    serve: Serve, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(Executed) as caught:
         serve(environ | {"VLLM_API_KEY": "sk-secret"}, "--print-cmd")
     assert not any("sk-secret" in argument for argument in caught.value.argv)
@@ -173,7 +211,9 @@ def test_prefix_caching_off_adds_nothing_here(serve: Serve, environ: dict[str, s
     assert "--enable-prefix-caching" in on.value.argv
 
 
-def test_floxs_configuration_file_is_used_when_none_is_named(serve: Serve, environ: dict[str, str], tmp_path: Path) -> None:
+def test_floxs_configuration_file_is_used_when_none_is_named(
+    serve: Serve, environ: dict[str, str], tmp_path: Path
+) -> None:
     (tmp_path / "config.yaml").write_text("dtype: half\n")
     with pytest.raises(Executed) as caught:
         serve(environ | {"FLOX_ENV_PROJECT": str(tmp_path)})

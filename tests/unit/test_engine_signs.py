@@ -25,7 +25,14 @@ RECORDED = Path(__file__).parent / "data/vllm-0.32.0-start.log"
 def test_a_recorded_start_goes_through_the_phases_in_order() -> None:
     facts = [read_line(line) for line in RECORDED.read_text(encoding="utf-8").split("\n")]
     seen = list(dict.fromkeys(fact.phase for fact in facts if fact.phase))
-    assert seen == ["configuring", "starting-engine", "loading-weights", "compiling", "allocating-kv-cache", "starting-server"]
+    assert seen == [
+        "configuring",
+        "starting-engine",
+        "loading-weights",
+        "compiling",
+        "allocating-kv-cache",
+        "starting-server",
+    ]
     assert [PHASES.index(phase) for phase in seen] == sorted(PHASES.index(phase) for phase in seen)
 
 
@@ -46,7 +53,12 @@ def test_levels_of_a_recorded_start() -> None:
         ("RuntimeError: Engine core initialization failed. See root cause above", 3, "", None),
         ("/x/y.py:138: FutureWarning: deprecated", 4, "", None),
         ("Loading safetensors checkpoint shards:  50% Completed | 1/2 [00:00<00:00]", 6, "loading-weights", 0.5),
-        ("\rLoading safetensors checkpoint shards:   0% Completed\rLoading safetensors checkpoint shards: 100% Completed | 2/2", 6, "loading-weights", 1.0),
+        (
+            "\rLoading safetensors checkpoint shards:   0% Completed\rLoading safetensors checkpoint shards: 100% Completed | 2/2",
+            6,
+            "loading-weights",
+            1.0,
+        ),
         ("Capturing CUDA graphs (decode, FULL):  25%|##  | 8/35", 6, "capturing-graphs", 0.25),
         ("(EngineCore pid=7) INFO 11-21 01:46:21 [x.py:1] cache usage: 99%", 6, "", None),
     ],
@@ -113,7 +125,14 @@ VECTOR = {"data": [{"embedding": [0.1, -2.0]}]}
 
 
 @pytest.mark.parametrize(
-    ("task", "body"), [("generate", TOKEN), ("embed", VECTOR), ("score", {"data": [{"score": 0.5}]}), ("transcribe", {"text": ""}), ("none", {"data": [{"id": "demo"}]})]
+    ("task", "body"),
+    [
+        ("generate", TOKEN),
+        ("embed", VECTOR),
+        ("score", {"data": [{"score": 0.5}]}),
+        ("transcribe", {"text": ""}),
+        ("none", {"data": [{"id": "demo"}]}),
+    ],
 )
 def test_an_answer_that_proves_life(task: str, body: Any) -> None:
     assert proofs(task, "demo", "")[0].accept(body) == ""
@@ -137,7 +156,12 @@ def test_an_answer_that_proves_nothing(task: str, body: Any) -> None:
     assert proofs(task, "demo", "")[0].accept(body) != ""
 
 
-@given(st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["data", "choices", "usage", "text"]), inner)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.integers() | st.text(),
+        lambda inner: st.lists(inner) | st.dictionaries(st.sampled_from(["data", "choices", "usage", "text"]), inner),
+    )
+)
 def test_no_answer_breaks_a_proof(body: Any) -> None:
     for task in ("generate", "embed", "score", "transcribe", "none"):
         for request in proofs(task, "demo", "key"):

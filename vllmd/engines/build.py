@@ -1,4 +1,4 @@
-"""Fills a directory with an engine: virtual environment, packages, the fix-ups of the CPU build, and the record of what it can do."""
+"""Fills a directory with an engine: virtual environment, packages, fix-ups of the CPU build, record of what it can do."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 """Their wheels are CUDA builds, which the CPU build of torch cannot load: transformers then fails to import them."""
 
 _PYTHON_PROBE = "import sys, venv, ensurepip; print(*sys.version_info[:2])"
-_WORTH_SAYING = re.compile(r"^\s*(Collecting|Downloading .*\((\d{2,} MB|\d+(\.\d+)? GB)|Installing collected|Successfully (un)?installed|ERROR|Building)")
+_WORTH_SAYING = re.compile(
+    r"^\s*(Collecting|Downloading .*\((\d{2,} MB|\d+(\.\d+)? GB)|Installing collected|Successfully (un)?installed|ERROR|Building)"
+)
 _PR_SET_PDEATHSIG = 1
 _LINE_LIMIT = 110
 _INSPECTOR = Path(__file__).with_name("vllm_inspect.py")
@@ -47,13 +49,17 @@ def suitable_python(say: Say) -> str:
             say(f"Python: {python} ({why})")
             return python
     raise ConfigError(
-        "no_python", "neither /usr/bin/python3 nor the running Python is 3.10 to 3.13 with the venv module", "apt-get install python3-venv, or give --python P"
+        "no_python",
+        "neither /usr/bin/python3 nor the running Python is 3.10 to 3.13 with the venv module",
+        "apt-get install python3-venv, or give --python P",
     )
 
 
 def _fits(python: str) -> bool:
     try:
-        answer = subprocess.run([python, "-c", _PYTHON_PROBE], capture_output=True, text=True, timeout=30, check=True).stdout
+        answer = subprocess.run(
+            [python, "-c", _PYTHON_PROBE], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return False
     major, minor = (int(part) for part in answer.split())
@@ -69,7 +75,11 @@ def environment(directory: Path, recipe: Recipe, say: Say) -> Record:
     _run([recipe.python, "-m", "venv", str(directory)], say, "the virtual environment could not be made")
     python = directory / "bin/python3"
     say(f"installing {package}=={recipe.version} and what it needs (several GB; some minutes)")
-    _run([*_pip(python), "install", *_offline(recipe.wheels), f"{package}=={recipe.version}"], say, f"{package} {recipe.version} could not be installed")
+    _run(
+        [*_pip(python), "install", *_offline(recipe.wheels), f"{package}=={recipe.version}"],
+        say,
+        f"{package} {recipe.version} could not be installed",
+    )
     if recipe.variant == "cpu":
         _fix_cpu_build(directory, python, recipe.version, say)
     _make_scripts_relative(directory)
@@ -100,7 +110,7 @@ def _fix_cpu_build(directory: Path, python: Path, version: str, say: Say) -> Non
 def _make_scripts_relative(directory: Path) -> None:
     """Lets a shell find the Python beside the script: to sh the next line is a command, to Python a string."""
     absolute = f"#!{directory}/bin/python".encode()
-    relative = b"#!/bin/sh\n'''exec' \"$(dirname -- \"$(readlink -f -- \"$0\")\")\"/python3 \"$0\" \"$@\"\n' '''\n"
+    relative = b'#!/bin/sh\n\'\'\'exec\' "$(dirname -- "$(readlink -f -- "$0")")"/python3 "$0" "$@"\n\' \'\'\'\n'
     for script in (directory / "bin").iterdir():
         if script.is_symlink() or not script.is_file():
             continue
@@ -111,14 +121,25 @@ def _make_scripts_relative(directory: Path) -> None:
 
 def _inspected(directory: Path, python: Path, recipe: Recipe) -> Record:
     command = [str(python), "-I", str(_INSPECTOR)]
-    env = {**_clean_environment(), "HOME": str(directory), "VLLM_CACHE_ROOT": str(directory / ".cache"), "VLLM_NO_USAGE_STATS": "1"}
+    env = {
+        **_clean_environment(),
+        "HOME": str(directory),
+        "VLLM_CACHE_ROOT": str(directory / ".cache"),
+        "VLLM_NO_USAGE_STATS": "1",
+    }
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=_INSPECTION_TIMEOUT_S, env=env, check=False, cwd=directory)
+        answer = subprocess.run(
+            command, capture_output=True, text=True, timeout=_INSPECTION_TIMEOUT_S, env=env, check=False, cwd=directory
+        )
         if answer.returncode != 0:
             raise _failure("the installed vLLM does not import", answer.stderr.splitlines()[-15:])
         known = json.loads(answer.stdout.splitlines()[-1])
     except (subprocess.TimeoutExpired, ValueError, IndexError) as error:
-        raise EngineFailed("engine_unreadable", f"the installed vLLM does not say which options it has: {error}", "try another --version") from error
+        raise EngineFailed(
+            "engine_unreadable",
+            f"the installed vLLM does not say which options it has: {error}",
+            "try another --version",
+        ) from error
     return Record(
         version=recipe.version,
         variant=recipe.variant,
@@ -132,13 +153,23 @@ def _inspected(directory: Path, python: Path, recipe: Recipe) -> Record:
 
 def _clean_environment() -> dict[str, str]:
     """pip's own settings (PIP_*, proxies) stay; what bends a Python towards other packages does not."""
-    return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__", "LD_PRELOAD")}
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "__PYVENV_LAUNCHER__", "LD_PRELOAD")
+    }
 
 
 def _run(command: Sequence[str], say: Say, failure: str) -> None:
     """Runs a command and passes on the lines that show progress; EngineFailed with its last lines when it fails."""
     last: deque[str] = deque(maxlen=15)
-    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "errors": "replace"}
+    streams: dict[str, Any] = {
+        "stdin": subprocess.DEVNULL,
+        "stdout": subprocess.PIPE,
+        "stderr": subprocess.STDOUT,
+        "text": True,
+        "errors": "replace",
+    }
     with subprocess.Popen(command, **streams, env=_clean_environment(), preexec_fn=_die_with_parent) as child:
         try:
             assert child.stdout is not None

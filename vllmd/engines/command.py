@@ -27,10 +27,24 @@ def parser() -> argparse.ArgumentParser:
     add.add_argument("--version", default=install.DEFAULT_VERSION, help="version of vLLM (default: %(default)s)")
     variant = add.add_mutually_exclusive_group()
     variant.add_argument("--cpu", dest="variant", action="store_const", const="cpu", help="the build for processors")
-    variant.add_argument("--cuda", dest="variant", action="store_const", const="cuda", help="the build for NVIDIA GPUs (default where there is a driver)")
-    add.add_argument("--python", default="", help="Python to build with (default: /usr/bin/python3 if it fits, else the one that runs vllmctl)")
+    variant.add_argument(
+        "--cuda",
+        dest="variant",
+        action="store_const",
+        const="cuda",
+        help="the build for NVIDIA GPUs (default where there is a driver)",
+    )
+    add.add_argument(
+        "--python",
+        default="",
+        help="Python to build with (default: /usr/bin/python3 if it fits, else the one that runs vllmctl)",
+    )
     add.add_argument("--wheels", type=Path, help="directory of wheels to install from, without any index")
-    add.add_argument("--reinstall", action="store_true", help="build it anew although it is there (the old one stays until it is removed)")
+    add.add_argument(
+        "--reinstall",
+        action="store_true",
+        help="build it anew although it is there (the old one stays until it is removed)",
+    )
     shown = verbs.add_parser("list", help="show the installed engines")
     shown.add_argument("--json", action="store_true", help="one JSON object")
     use = verbs.add_parser("use", help="choose an installed engine; instances take it at their next start")
@@ -56,7 +70,9 @@ def _install(arguments: argparse.Namespace, paths: Paths) -> int:
     variant = arguments.variant
     if variant is None:
         variant = "cuda" if install.has_nvidia_driver() else "cpu"
-        _say(f"the {variant} build, because {'there is an' if variant == 'cuda' else 'there is no'} NVIDIA driver here (--cpu or --cuda decides otherwise)")
+        _say(
+            f"the {variant} build, because {'there is an' if variant == 'cuda' else 'there is no'} NVIDIA driver here (--cpu or --cuda decides otherwise)"
+        )
     request = install.Request(arguments.version, variant, arguments.python, arguments.wheels, arguments.reinstall)
     before = signal.signal(signal.SIGTERM, _interrupt)
     try:
@@ -76,7 +92,15 @@ def _interrupt(_number: int, _frame: FrameType | None) -> None:
 def _list(engines: Path, *, as_json: bool) -> int:
     chosen = install.current_name(engines)
     found: list[dict[str, Any]] = [
-        {"name": name, "current": name == chosen, "version": known.version, "variant": known.variant, "torch": known.torch, "cuda": known.cuda, "archs": list(known.archs)}
+        {
+            "name": name,
+            "current": name == chosen,
+            "version": known.version,
+            "variant": known.variant,
+            "torch": known.torch,
+            "cuda": known.cuda,
+            "archs": list(known.archs),
+        }
         for name, known in install.installed_engines(engines)
     ]
     if as_json:

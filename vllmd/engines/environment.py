@@ -12,17 +12,50 @@ from typing import Any
 from vllmd.config import settings
 
 _NAMES = frozenset({"PATH", "HOME", "LANG", "TZ", "http_proxy", "https_proxy", "ftp_proxy", "no_proxy", "all_proxy"})
-_PREFIXES = ("LC_", "SSL_CERT_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "UCX_", "TORCH", "TRITON_", "OMP_", "MKL_", "HF_", "VLLM_")
+_PREFIXES = (
+    "LC_",
+    "SSL_CERT_",
+    "CUDA_",
+    "NVIDIA_",
+    "NCCL_",
+    "GLOO_",
+    "UCX_",
+    "TORCH",
+    "TRITON_",
+    "OMP_",
+    "MKL_",
+    "HF_",
+    "VLLM_",
+)
 
 NEVER = frozenset({"PYTHONPATH", "PYTHONHOME", "LD_PRELOAD", "NOTIFY_SOCKET", "CREDENTIALS_DIRECTORY", "VLLM_API_KEY"})
 _NEVER_PREFIXES = ("WATCHDOG_", "LISTEN_")
 
+_SECRET_ENDS = ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "SECRET_KEY", "ACCESS_KEY", "CREDENTIALS")
+
 _OLD_NAMES = frozenset(
-    {"VLLM_RESET_CACHE", "VLLM_GPU_DEVICES", "VLLM_SCRAPE_HOST", "VLLM_PREFLIGHT_PROXY_CHILD", "VLLM_START_BIND_TIMEOUT", "VLLM_START_BIND_POLL"}
+    {
+        "VLLM_RESET_CACHE",
+        "VLLM_GPU_DEVICES",
+        "VLLM_SCRAPE_HOST",
+        "VLLM_PREFLIGHT_PROXY_CHILD",
+        "VLLM_START_BIND_TIMEOUT",
+        "VLLM_START_BIND_POLL",
+    }
 )
 """Names of the runtimes before vllmd that are no setting any more; vLLM warns about every VLLM_* name that it does not know."""
 
-_SECTIONS = (settings.Model, settings.Serve, settings.EngineChoice, settings.Preflight, settings.Start, settings.Stop, settings.Watch, settings.Log, settings.Config)
+_SECTIONS = (
+    settings.Model,
+    settings.Serve,
+    settings.EngineChoice,
+    settings.Preflight,
+    settings.Start,
+    settings.Stop,
+    settings.Watch,
+    settings.Log,
+    settings.Config,
+)
 
 
 def our_names(tuning: type[Any]) -> frozenset[str]:
@@ -36,8 +69,8 @@ def is_never_passed(name: str) -> bool:
 
 
 def is_secret(name: str) -> bool:
-    """A name whose value is not to be shown."""
-    return any(word in name.upper() for word in ("TOKEN", "SECRET", "PASSWORD", "API_KEY", "CREDENTIAL"))
+    """A name whose value is not to be shown. By its end: VLLM_..._TOKEN_THRESHOLD is about tokens of text."""
+    return name.startswith("HF_TOKEN") or name.upper().endswith(_SECRET_ENDS)
 
 
 def build(
@@ -55,7 +88,9 @@ def build(
     `path_first` is put before PATH (an engine looks for its own ninja there); `tokens` lets a hub's tokens through, for
     a model that the engine itself still has to fetch.
     """
-    allowed = {name: value for name, value in environ.items() if _is_allowed(name, ours) and (tokens or not is_secret(name))}
+    allowed = {
+        name: value for name, value in environ.items() if _is_allowed(name, ours) and (tokens or not is_secret(name))
+    }
     built = {**defaults, **allowed, **fixed, **given}
     built["PATH"] = ":".join(part for part in (path_first, built.get("PATH") or "/usr/local/bin:/usr/bin:/bin") if part)
     if built.get("HOME", "/") in ("", "/", "/nonexistent") and "HOME" in defaults:

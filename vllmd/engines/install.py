@@ -69,7 +69,9 @@ def install(engines: Path, request: Request, say: Say) -> Path:
     try:
         engines.mkdir(parents=True, exist_ok=True, mode=0o755)
     except OSError as error:
-        raise ConfigError("engines_not_writable", f"{engines}: {error.strerror}", "run this as root, or with --user") from error
+        raise ConfigError(
+            "engines_not_writable", f"{engines}: {error.strerror}", "run this as root, or with --user"
+        ) from error
     with _only_one(engines):
         _sweep(engines, say)
         name = f"vllm-{request.version}-{request.variant}"
@@ -83,7 +85,9 @@ def install(engines: Path, request: Request, say: Say) -> Path:
 def choose(engines: Path, name: str) -> None:
     """Points `current` at an engine, by one rename: readers see the old one or the new one."""
     if "/" in name or record.read(engines / name) is None:
-        raise UsageError("engine_unknown", f"no engine {name} in {engines}", "`vllmctl engine list` shows what is installed")
+        raise UsageError(
+            "engine_unknown", f"no engine {name} in {engines}", "`vllmctl engine list` shows what is installed"
+        )
     aside = engines / f".{record.CURRENT}-{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):
         aside.unlink()
@@ -134,7 +138,9 @@ def _only_one(engines: Path) -> Iterator[None]:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise TryLater("engine_install_runs", f"another installation works in {engines}", "wait until it has ended") from None
+        raise TryLater(
+            "engine_install_runs", f"another installation works in {engines}", "wait until it has ended"
+        ) from None
     finally:
         os.close(descriptor)
 

@@ -65,7 +65,9 @@ def describe(executable: Path) -> Installed:
     python = program.parent / "python3"
     record = read(directory)
     if record is None:
-        return Installed(str(program), version=_version_by_metadata(directory), python=str(python) if python.exists() else "")
+        return Installed(
+            str(program), version=_version_by_metadata(directory), python=str(python) if python.exists() else ""
+        )
     return Installed(
         str(program),
         version=record.version,

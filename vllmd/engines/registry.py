@@ -42,7 +42,11 @@ def _made(name: str) -> Engine:
     factory = _factories.get(name) or _announced().get(name)
     if factory is None:
         close = difflib.get_close_matches(name, names(), n=1)
-        raise ConfigError("engine_unknown", f"engine.name: there is no engine {name!r}", f"did you mean {close[0]}?" if close else f"known are {', '.join(names())}")
+        raise ConfigError(
+            "engine_unknown",
+            f"engine.name: there is no engine {name!r}",
+            f"did you mean {close[0]}?" if close else f"known are {', '.join(names())}",
+        )
     return factory()
 
 
@@ -57,7 +61,9 @@ def _loader(point: object) -> Callable[[], Engine]:
         try:
             factory: Callable[[], Engine] = point.load()  # type: ignore[attr-defined]
         except Exception as error:
-            raise ConfigError("engine_broken", f"engine.name: the plug-in {point} does not load: {error}", "reinstall or remove it") from error
+            raise ConfigError(
+                "engine_broken", f"engine.name: the plug-in {point} does not load: {error}", "reinstall or remove it"
+            ) from error
         return factory()
 
     return load

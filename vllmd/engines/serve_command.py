@@ -1,13 +1,13 @@
 """Executes an engine in the place of this process: `vllm-serve` as people use it today, and `vllmd serve NAME`.
 
-`vllm-serve` is configured by environment alone and keeps its statuses: 2 for a variable that is missing or wrong, 1 for any other failure.
+`vllm-serve` is configured by environment alone and keeps its statuses: 2 for a variable that is missing or wrong, 1 for
+any other failure.
 """
 
 from __future__ import annotations
 
 import os
 import re
-import shlex
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,10 +19,11 @@ from vllmd.config.paths import SYSTEM, Paths, user_paths
 from vllmd.config.settings import Config
 from vllmd.core.plan import Command
 from vllmd.engines import environment, record, registry, vllm_config_file
+from vllmd.engines.execute import execute
 from vllmd.engines.protocol import Context, Engine
 from vllmd.engines.vllm_check import pass_through
 from vllmd.engines.vllm_flags import without_owned
-from vllmd.errors import ConfigError, PermissionMissing, UsageError, VllmdError
+from vllmd.errors import ConfigError, VllmdError
 
 EnvFiles: TypeAlias = Callable[[Config], Sequence[Path]]
 """The places where vllm-resolve-model may have left the env file, the best first (the models package knows them)."""
@@ -62,7 +63,9 @@ class _Options:
     extra: tuple[str, ...] = ()
 
 
-def main(argv: Sequence[str], environ: Mapping[str, str], env_files: EnvFiles | None = None, paths: Paths | None = None) -> int:
+def main(
+    argv: Sequence[str], environ: Mapping[str, str], env_files: EnvFiles | None = None, paths: Paths | None = None
+) -> int:
     """`vllm-serve`. Does not return when all is well, save for --dry-run, --help and --version: 0."""
     options = _options(argv)
     if options.show:
@@ -75,14 +78,22 @@ def main(argv: Sequence[str], environ: Mapping[str, str], env_files: EnvFiles | 
     try:
         keys = vllm_config_file.api_keys(environ.get("VLLM_API_KEY", ""), environ)
         command = _command(context, _resolved(context, environ, env_files), options.extra, keys)
-        return _execute(command, print_cmd=options.print_cmd, dry_run=options.dry_run)
+        return execute(command, print_cmd=options.print_cmd, dry_run=options.dry_run)
     except _WrongEnvironment as error:
         return _complain(error, _WRONG_ENVIRONMENT)
     except VllmdError as error:
         return _complain(error, _FAILED)
 
 
-def serve_instance(context: Context, engine: Engine, model: str | Path, extra: Sequence[str] = (), *, print_cmd: bool = False, dry_run: bool = False) -> int:
+def serve_instance(
+    context: Context,
+    engine: Engine,
+    model: str | Path,
+    extra: Sequence[str] = (),
+    *,
+    print_cmd: bool = False,
+    dry_run: bool = False,
+) -> int:
     """`vllmd serve NAME`: the instance's engine for the model in this directory, without the daemon around it.
 
     `extra` are flags from the command line, checked where the engine can. Returns only for a dry run (0); VllmdError.
@@ -91,7 +102,7 @@ def serve_instance(context: Context, engine: Engine, model: str | Path, extra: S
     for warning in warnings:
         _say(f"WARN: {warning}")
     command = engine.command(context, str(model))
-    return _execute(replace(command, argv=(*command.argv, *extra)), print_cmd=print_cmd, dry_run=dry_run)
+    return execute(replace(command, argv=(*command.argv, *extra)), print_cmd=print_cmd, dry_run=dry_run)
 
 
 class _WrongEnvironment(ConfigError):
@@ -147,7 +158,12 @@ def _as_today(config: Config) -> Config:
     environment (nobody would remove a file after this process has become vLLM), Flox's places for the configuration."""
     tuning = replace(config.tuning, prefix_caching=config.tuning.prefix_caching or None)
     serve = replace(config.serve, api_key="")
-    return replace(config, tuning=tuning, serve=serve, engine=replace(config.engine, config_file=config.engine.config_file or _flox_config(config)))
+    return replace(
+        config,
+        tuning=tuning,
+        serve=serve,
+        engine=replace(config.engine, config_file=config.engine.config_file or _flox_config(config)),
+    )
 
 
 def _flox_config(config: Config) -> str:
@@ -162,11 +178,15 @@ def _resolved(context: Context, environ: Mapping[str, str], env_files: EnvFiles 
     path = _env_file(context.config, env_files)
     if model.env_file_trusted:
         _say(f"WARN: a shell reads {path} (VLLM_ENV_FILE_TRUSTED)")
-        variables = envfile.read_trusted(path, environ=environ, allow=lambda name: not environment.is_never_passed(name))
+        variables = envfile.read_trusted(
+            path, environ=environ, allow=lambda name: not environment.is_never_passed(name)
+        )
     else:
         variables = envfile.read(path, allow=lambda name: _FROM_ENV_FILE.fullmatch(name) is not None)
     if not variables.get("_VLLM_RESOLVED_MODEL"):
-        raise ConfigError("env_file_incomplete", f"{path} does not set _VLLM_RESOLVED_MODEL", "run vllm-resolve-model again")
+        raise ConfigError(
+            "env_file_incomplete", f"{path} does not set _VLLM_RESOLVED_MODEL", "run vllm-resolve-model again"
+        )
     _refuse_other_model(path, variables, model.id + (f"@{model.revision}" if model.id and model.revision else ""))
     return variables
 
@@ -174,24 +194,38 @@ def _resolved(context: Context, environ: Mapping[str, str], env_files: EnvFiles 
 def _refuse_other_model(path: Path, variables: Mapping[str, str], wanted: str) -> None:
     found = variables.get("_VLLM_MODEL_IDENTITY", "")
     if wanted and found and wanted != found:
-        raise ConfigError("env_file_other_model", f"{path} is of {found}, and {wanted} is asked for", "run vllm-resolve-model for it")
+        raise ConfigError(
+            "env_file_other_model", f"{path} is of {found}, and {wanted} is asked for", "run vllm-resolve-model for it"
+        )
 
 
 def _env_file(config: Config, env_files: EnvFiles | None) -> Path:
     if config.model.env_file:
         return Path(config.model.env_file)
     if not config.model.flox_env_cache:
-        raise _WrongEnvironment("variable_missing", "neither VLLM_MODEL_ENV_FILE nor FLOX_ENV_CACHE is set", "export VLLM_MODEL_ENV_FILE=...")
+        raise _WrongEnvironment(
+            "variable_missing",
+            "neither VLLM_MODEL_ENV_FILE nor FLOX_ENV_CACHE is set",
+            "export VLLM_MODEL_ENV_FILE=...",
+        )
     if not Path(config.model.flox_env_cache).is_dir():
-        raise _WrongEnvironment("variable_wrong", f"FLOX_ENV_CACHE is no directory: {config.model.flox_env_cache}", "correct it, or export VLLM_MODEL_ENV_FILE=...")
+        raise _WrongEnvironment(
+            "variable_wrong",
+            f"FLOX_ENV_CACHE is no directory: {config.model.flox_env_cache}",
+            "correct it, or export VLLM_MODEL_ENV_FILE=...",
+        )
     if not config.model.id:
-        raise _WrongEnvironment("variable_missing", "the model's id is not known", "export VLLM_MODEL_ID, or VLLM_MODEL and VLLM_MODEL_ORG")
+        raise _WrongEnvironment(
+            "variable_missing", "the model's id is not known", "export VLLM_MODEL_ID, or VLLM_MODEL and VLLM_MODEL_ORG"
+        )
     places = env_files(config) if env_files else ()
     for path in places:
         if path.is_file():
             return path
     looked = ", ".join(str(path) for path in places) or config.model.flox_env_cache
-    raise ConfigError("env_file_missing", f"no env file of {config.model.id} ({looked})", "run vllm-resolve-model first")
+    raise ConfigError(
+        "env_file_missing", f"no env file of {config.model.id} ({looked})", "run vllm-resolve-model first"
+    )
 
 
 def _command(context: Context, variables: Mapping[str, str], extra: Sequence[str], keys: Sequence[str]) -> Command:
@@ -208,7 +242,9 @@ def _command(context: Context, variables: Mapping[str, str], extra: Sequence[str
     command = engine.command(context, model)
     env = {**command.env, **{name: value for name, value in variables.items() if name in ("HF_HOME", "HF_HUB_OFFLINE")}}
     if not local:
-        env.update({name: value for name, value in environ.items() if name.startswith(("HF_", "HUGGING_FACE_HUB_TOKEN"))} | env)
+        env.update(
+            {name: value for name, value in environ.items() if name.startswith(("HF_", "HUGGING_FACE_HUB_TOKEN"))} | env
+        )
         env["HF_HUB_OFFLINE"] = variables.get("HF_HUB_OFFLINE", environ.get("HF_HUB_OFFLINE", "0"))
     if keys:
         env["VLLM_API_KEY"] = keys[0]
@@ -220,41 +256,6 @@ def _checked(engine: Engine, context: Context, extra: Sequence[str]) -> tuple[li
     if engine.name != "vllm" or not extra:
         return [], extra
     return pass_through(extra, context), without_owned(extra, context.installed)
-
-
-def _execute(command: Command, *, print_cmd: bool, dry_run: bool) -> int:
-    if print_cmd or dry_run:
-        _say("CMD: " + shlex.join(_redacted(command)))
-    if dry_run:
-        return 0
-    for path, content in command.private_files.items():
-        _write_private(Path(path), content)
-    sys.stdout.flush()
-    try:
-        os.execve(command.argv[0], command.argv, dict(command.env))
-    except OSError as error:
-        raise UsageError("engine_not_executable", f"{command.argv[0]}: {error.strerror}", "`vllmctl engine install --reinstall`") from error
-
-
-def _redacted(command: Command) -> list[str]:
-    def hide(argument: str) -> str:
-        for secret in command.secrets:
-            argument = argument.replace(secret, "<redacted>")
-        return argument
-
-    return [hide(argument) for argument in command.argv]
-
-
-def _write_private(path: Path, content: str) -> None:
-    """0600 from its first byte on, never through a link."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        with open(descriptor, "w", encoding="utf-8") as stream:
-            stream.write(content)
-    except OSError as error:
-        raise PermissionMissing("not_writable", f"{path}: {error.strerror}", "give this user the runtime directory") from error
 
 
 def _complain(error: VllmdError, status: int) -> int:

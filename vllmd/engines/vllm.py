@@ -1,4 +1,4 @@
-"""vLLM behind the engine protocol: the only place, with its neighbours vllm_*.py, that knows its flags, logs and habits."""
+"""vLLM behind the engine protocol: with its neighbours vllm_*.py the only place that knows its flags, logs and habits."""
 
 from __future__ import annotations
 
@@ -51,7 +51,14 @@ class Vllm:
     def command(self, context: Context, model: str) -> Command:
         keys = _keys(context)
         config_path, private = _config_file(context, keys)
-        argv = (context.installed.executable, "serve", model, *_always(context, config_path), *tuned(context), *_chosen(context))
+        argv = (
+            context.installed.executable,
+            "serve",
+            model,
+            *_always(context, config_path),
+            *tuned(context),
+            *_chosen(context),
+        )
         return Command(argv, _environment(context), private, (*keys, *_secret_values(context)))
 
     def task(self, context: Context, model: Path) -> str:
@@ -66,10 +73,14 @@ class Vllm:
         return vllm_proof.proofs(task, served_name(context.config), keys[0] if keys else "")
 
     def example(self, context: Context, model: Path) -> tuple[str, Any] | None:
-        return vllm_proof.example(self.task(context, model), served_name(context.config), chats=vllm_task.has_chat_template(model))
+        return vllm_proof.example(
+            self.task(context, model), served_name(context.config), chats=vllm_task.has_chat_template(model)
+        )
 
     def memory_fraction(self, context: Context) -> float:
-        said = context.config.tuning.gpu_memory_utilization or vllm_check.arguments(context).get("gpu-memory-utilization")
+        said = context.config.tuning.gpu_memory_utilization or vllm_check.arguments(context).get(
+            "gpu-memory-utilization"
+        )
         try:
             return float(said) if said else _DEFAULT_MEMORY_FRACTION
         except (TypeError, ValueError):
@@ -82,7 +93,12 @@ class Vllm:
 def served_name(config: Config) -> str:
     """The name that clients use: the configured one, else the model's own."""
     model = config.model
-    return config.serve.served_model_name or model.name or model.id.rpartition("/")[2] or model.path.rstrip("/").rpartition("/")[2]
+    return (
+        config.serve.served_model_name
+        or model.name
+        or model.id.rpartition("/")[2]
+        or model.path.rstrip("/").rpartition("/")[2]
+    )
 
 
 def _executable(config: Config, paths: Paths, environ: Mapping[str, str]) -> Path:
@@ -90,14 +106,20 @@ def _executable(config: Config, paths: Paths, environ: Mapping[str, str]) -> Pat
     if config.engine.executable:
         chosen = Path(config.engine.executable)
         if not chosen.is_file():
-            raise ConfigError("engine_missing", f"engine.executable: there is no file {chosen}", "correct it, or remove it and run `vllmctl engine install`")
+            raise ConfigError(
+                "engine_missing",
+                f"engine.executable: there is no file {chosen}",
+                "correct it, or remove it and run `vllmctl engine install`",
+            )
         return chosen
     current = paths.engines / record.CURRENT / "bin/vllm"
     if current.is_file():
         return current
     found = shutil.which("vllm", path=environ.get("PATH", ""))
     if found is None:
-        raise ConfigError("engine_missing", f"no vLLM: neither in {paths.engines} nor on PATH", "run `vllmctl engine install`")
+        raise ConfigError(
+            "engine_missing", f"no vLLM: neither in {paths.engines} nor on PATH", "run `vllmctl engine install`"
+        )
     return Path(found)
 
 
@@ -125,7 +147,12 @@ def _always(context: Context, config_path: str) -> list[str]:
     else:
         argv += ["--host", serve.host, "--port", str(serve.port)]
     argv += ["--served-model-name", served_name(context.config)]
-    argv += ["--tensor-parallel-size", str(tuning.tensor_parallel_size), "--pipeline-parallel-size", str(tuning.pipeline_parallel_size)]
+    argv += [
+        "--tensor-parallel-size",
+        str(tuning.tensor_parallel_size),
+        "--pipeline-parallel-size",
+        str(tuning.pipeline_parallel_size),
+    ]
     if tuning.data_parallel_size > 1:
         argv += ["--data-parallel-size", str(tuning.data_parallel_size)]
     if "--shutdown-timeout" in flags:
@@ -152,7 +179,12 @@ def _chosen(context: Context) -> list[str]:
     """`engine.args`, without what vllmd owns; the access log is off unless a person says otherwise."""
     installed = context.installed
     args = context.config.engine.args
-    argv = [argument for key, value in args.items() if not vllm_flags.owner(vllm_flags.dashed(key), installed) for argument in vllm_flags.render(key, value, installed)]
+    argv = [
+        argument
+        for key, value in args.items()
+        if not vllm_flags.owner(vllm_flags.dashed(key), installed)
+        for argument in vllm_flags.render(key, value, installed)
+    ]
     quiet = "--disable-uvicorn-access-log"
     if quiet in installed.flags and quiet.removeprefix("--") not in vllm_check.arguments(context):
         argv.append(quiet)

@@ -13,7 +13,10 @@ from vllmd.errors import ConfigError
 _SUN_PATH_BYTES = 107
 """Longest name of a unix socket."""
 
-_FEATURES = {"--shutdown-timeout": "requests in flight are cut off at a stop", "--uds": "it cannot serve on a unix socket"}
+_FEATURES = {
+    "--shutdown-timeout": "requests in flight are cut off at a stop",
+    "--uds": "it cannot serve on a unix socket",
+}
 """Flags that older versions lack -> what that means."""
 
 
@@ -46,7 +49,11 @@ def arguments(context: Context) -> dict[str, Any]:
 def socket_path(context: Context) -> str:
     path = str(context.paths.sockets / f"{context.instance}.sock")
     if len(path.encode()) > _SUN_PATH_BYTES:
-        raise ConfigError("socket_path_too_long", f"serve.listen: {path} is longer than the {_SUN_PATH_BYTES} bytes of a unix socket's name", "use a shorter --root")
+        raise ConfigError(
+            "socket_path_too_long",
+            f"serve.listen: {path} is longer than the {_SUN_PATH_BYTES} bytes of a unix socket's name",
+            "use a shorter --root",
+        )
     return path
 
 
@@ -71,7 +78,9 @@ def _args(context: Context) -> list[str]:
         _refuse_unknown(place, flag, context.installed)
         name = vllm_flags.canonical(flag, context.installed.flags) + flag.partition(".")[1] + flag.partition(".")[2]
         if name in seen:
-            raise SettingRefused("flag_twice", place, f"is the same flag as engine.args.{seen[name]}", "remove one of them")
+            raise SettingRefused(
+                "flag_twice", place, f"is the same flag as engine.args.{seen[name]}", "remove one of them"
+            )
         seen[name] = key
         vllm_flags.render(key, context.config.engine.args[key], context.installed)
     return warnings
@@ -135,9 +144,16 @@ def _refuse_gpu_count(context: Context) -> None:
     data = _count(given.get("data-parallel-size-local"), tuning.data_parallel_size)
     product = tuning.tensor_parallel_size * tuning.pipeline_parallel_size * data
     if product != count * nodes:
-        sizes = f"tensor {tuning.tensor_parallel_size} x pipeline {tuning.pipeline_parallel_size} x data {data} = {product}"
+        sizes = (
+            f"tensor {tuning.tensor_parallel_size} x pipeline {tuning.pipeline_parallel_size} x data {data} = {product}"
+        )
         wanted = f"{count} GPU{'s' if count > 1 else ''}" + (f" on each of {nodes} nodes" if nodes > 1 else "")
-        raise SettingRefused("gpu_count", "gpus", f"{wanted}, but {sizes}", "make serve.tensor_parallel_size (or gpus) fit: the product must equal the number of GPUs")
+        raise SettingRefused(
+            "gpu_count",
+            "gpus",
+            f"{wanted}, but {sizes}",
+            "make serve.tensor_parallel_size (or gpus) fit: the product must equal the number of GPUs",
+        )
 
 
 def _count(value: Any, otherwise: int) -> int:

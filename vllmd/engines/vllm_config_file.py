@@ -28,7 +28,11 @@ def read(path: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     try:
         document = yamlfile.load(Path(path))
     except FileNotFoundError:
-        raise ConfigError("engine_config_missing", f"engine.config_file: there is no {path}", "correct engine.config_file (VLLM_CONFIG_FILE) or remove it") from None
+        raise ConfigError(
+            "engine_config_missing",
+            f"engine.config_file: there is no {path}",
+            "correct engine.config_file (VLLM_CONFIG_FILE) or remove it",
+        ) from None
     return document.values, {key: f"{path}:{document.line(key)}" for key in document.values}
 
 
@@ -57,7 +61,11 @@ def api_keys(setting: str, environ: Mapping[str, str]) -> tuple[str, ...]:
     keys = tuple(dict.fromkeys(key for key in (_credential(environ), setting) if key))
     for key in keys:
         if not key.isascii() or not key.isprintable() or " " in key or key.startswith("-"):
-            raise ConfigError("bad_api_key", "the API key has a space or a character that is not printable ASCII, or begins with a dash", "make another key")
+            raise ConfigError(
+                "bad_api_key",
+                "the API key has a space or a character that is not printable ASCII, or begins with a dash",
+                "make another key",
+            )
     return keys
 
 
@@ -72,4 +80,6 @@ def _credential(environ: Mapping[str, str]) -> str:
     except FileNotFoundError:
         return ""
     except OSError as error:
-        raise PermissionMissing("credential_unreadable", f"{path}: {error.strerror}", "check LoadCredential=api-key:... of the unit") from error
+        raise PermissionMissing(
+            "credential_unreadable", f"{path}: {error.strerror}", "check LoadCredential=api-key:... of the unit"
+        ) from error

@@ -39,7 +39,12 @@ TUNED: Mapping[str, str] = {
 }
 """Flags that have a setting too: in two places at once they are an error, in one they are fine."""
 
-SHORT: Mapping[str, str] = {"-tp": "--tensor-parallel-size", "-pp": "--pipeline-parallel-size", "-dp": "--data-parallel-size", "-O": "--optimization-level"}
+SHORT: Mapping[str, str] = {
+    "-tp": "--tensor-parallel-size",
+    "-pp": "--pipeline-parallel-size",
+    "-dp": "--data-parallel-size",
+    "-O": "--optimization-level",
+}
 
 _APPENDED = frozenset({"--middleware"})
 """Given once per value; the other flags with several values take them in one row."""
@@ -93,7 +98,9 @@ def render(key: str, value: Any, installed: Installed) -> list[str]:
     if value is False:
         return _negated(flag, installed)
     if value is None:
-        raise SettingRefused("flag_empty", f"engine.args.{key}", "has no value", f"write `{key}: true`, or a value, or remove it")
+        raise SettingRefused(
+            "flag_empty", f"engine.args.{key}", "has no value", f"write `{key}: true`, or a value, or remove it"
+        )
     if isinstance(value, Mapping):
         return [flag, json.dumps(value)]
     if isinstance(value, list | tuple):
@@ -128,7 +135,11 @@ def _text(value: Any) -> str:
 
 def flags_of(argv: Sequence[str]) -> list[str]:
     """The arguments that are flags, as they are spelled; a negative number is none."""
-    return [argument for argument in argv if argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit() and argument[1] != "."]
+    return [
+        argument
+        for argument in argv
+        if argument.startswith("-") and len(argument) > 1 and not argument[1].isdigit() and argument[1] != "."
+    ]
 
 
 def without_owned(argv: Sequence[str], installed: Installed) -> list[str]:

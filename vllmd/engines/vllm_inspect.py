@@ -46,7 +46,11 @@ def toolkit() -> dict[str, Any]:
 def main() -> None:
     with contextlib.redirect_stdout(sys.stderr):
         found = options()
-        known = {"flags": sorted(found), "switches": sorted(name for name, alone in found.items() if alone), **toolkit()}
+        known = {
+            "flags": sorted(found),
+            "switches": sorted(name for name, alone in found.items() if alone),
+            **toolkit(),
+        }
     sys.stdout.write(json.dumps(known) + "\n")
 
 

@@ -10,14 +10,27 @@ import re
 
 from vllmd.engines.protocol import LogFact
 
-PHASES = ("importing", "configuring", "starting-engine", "loading-weights", "compiling", "allocating-kv-cache", "capturing-graphs", "starting-server")
+PHASES = (
+    "importing",
+    "configuring",
+    "starting-engine",
+    "loading-weights",
+    "compiling",
+    "allocating-kv-cache",
+    "capturing-graphs",
+    "starting-server",
+)
 """In the order of a start; compiling and capturing only where they are not switched off."""
 
 _PRIORITY = {"DEBUG": 7, "INFO": 6, "WARNING": 4, "ERROR": 3, "CRITICAL": 2, "FATAL": 2}
 _DEFAULT_PRIORITY = 6
 
-_LEVEL = re.compile(r"(?:\([^)]{1,80}\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d |(DEBUG|INFO|WARNING|ERROR|CRITICAL): ")
-_FOREIGN_LEVEL = re.compile(r"(?:Traceback \(most recent call last\)|[\w.]+(?:Error|Exception|Interrupt): )|.*?(?:Warning: )")
+_LEVEL = re.compile(
+    r"(?:\([^)]{1,80}\) )?(DEBUG|INFO|WARNING|ERROR|CRITICAL) \d\d-\d\d \d\d:\d\d:\d\d |(DEBUG|INFO|WARNING|ERROR|CRITICAL): "
+)
+_FOREIGN_LEVEL = re.compile(
+    r"(?:Traceback \(most recent call last\)|[\w.]+(?:Error|Exception|Interrupt): )|.*?(?:Warning: )"
+)
 _PERCENT = re.compile(r"\b(\d{1,3})%")
 
 _MARKS: tuple[tuple[str, str], ...] = (

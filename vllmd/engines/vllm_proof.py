@@ -31,7 +31,11 @@ def example(task: str, model: str, *, chats: bool) -> tuple[str, Any] | None:
     """Path and body of what a person would try first. Without a chat template the chat route answers 400."""
     match task:
         case "generate" if chats:
-            return "/v1/chat/completions", {"model": model, "max_tokens": 32, "messages": [{"role": "user", "content": "Hello!"}]}
+            return "/v1/chat/completions", {
+                "model": model,
+                "max_tokens": 32,
+                "messages": [{"role": "user", "content": "Hello!"}],
+            }
         case "generate":
             return "/v1/completions", {"model": model, "max_tokens": 32, "prompt": "Hello!"}
         case "embed":
@@ -46,7 +50,9 @@ def _generate(model: str, headers: Mapping[str, str]) -> tuple[ProofRequest, ...
     limits = {"model": model, "max_tokens": 1, "temperature": 0}
     chat = {**limits, "messages": [{"role": "user", "content": _TEXT}]}
     return (
-        ProofRequest("POST", "/v1/completions", {**limits, "prompt": _TEXT}, _has_token, headers, "one token by /v1/completions"),
+        ProofRequest(
+            "POST", "/v1/completions", {**limits, "prompt": _TEXT}, _has_token, headers, "one token by /v1/completions"
+        ),
         ProofRequest("POST", "/v1/chat/completions", chat, _has_token, headers, "one token by /v1/chat/completions"),
     )
 
@@ -73,14 +79,24 @@ def _score(model: str, headers: Mapping[str, str]) -> tuple[ProofRequest, ...]:
 def _transcribe(model: str, headers: Mapping[str, str]) -> tuple[ProofRequest, ...]:
     typed = {**headers, "Content-Type": f"multipart/form-data; boundary={_BOUNDARY}"}
     path = "/v1/audio/transcriptions"
-    return (ProofRequest("POST", path, _multipart(model, _silence(seconds=1)), _has_text, typed, f"one second of silence by {path}"),)
+    return (
+        ProofRequest(
+            "POST", path, _multipart(model, _silence(seconds=1)), _has_text, typed, f"one second of silence by {path}"
+        ),
+    )
 
 
 def _listed(_model: str, headers: Mapping[str, str]) -> tuple[ProofRequest, ...]:
     return (ProofRequest("GET", "/v1/models", None, _has_data, headers, "the model's name by /v1/models"),)
 
 
-_BUILDERS: Mapping[str, Builder] = {"generate": _generate, "embed": _embed, "score": _score, "transcribe": _transcribe, "none": _listed}
+_BUILDERS: Mapping[str, Builder] = {
+    "generate": _generate,
+    "embed": _embed,
+    "score": _score,
+    "transcribe": _transcribe,
+    "none": _listed,
+}
 
 
 def _silence(*, seconds: int) -> bytes:

@@ -38,7 +38,9 @@ def task_of(model: Path, arguments: Mapping[str, Any]) -> str:
     if any(name.startswith(_SPEECH) for name in architectures):
         return "transcribe"
     found = next((task for name in architectures for suffix, task in _SUFFIXES if name.endswith(suffix)), "generate")
-    pooled = arguments.get("runner") == "pooling" or _pools(model)  # sentence-transformers models often are a ForCausalLM
+    pooled = arguments.get("runner") == "pooling" or _pools(
+        model
+    )  # sentence-transformers models often are a ForCausalLM
     if found == "generate" and pooled:
         return "embed"
     return found
@@ -47,7 +49,15 @@ def task_of(model: Path, arguments: Mapping[str, Any]) -> str:
 def _forced(arguments: Mapping[str, Any]) -> str:
     """--convert and --runner (and --task before 0.11) say it."""
     said = (str(arguments.get(name, "")) for name in ("convert", "runner", "task"))
-    words = {"embed": "embed", "embedding": "embed", "classify": "score", "score": "score", "reward": "embed", "generate": "generate", "transcription": "transcribe"}
+    words = {
+        "embed": "embed",
+        "embedding": "embed",
+        "classify": "score",
+        "score": "score",
+        "reward": "embed",
+        "generate": "generate",
+        "transcription": "transcribe",
+    }
     return next((words[word] for word in said if word in words), "")
 
 
@@ -59,7 +69,9 @@ def _architectures(model: Path) -> list[str]:
 
 def _pools(model: Path) -> bool:
     modules = _json(model / "modules.json")
-    return isinstance(modules, list) and any(isinstance(item, dict) and str(item.get("type", "")).endswith(".Pooling") for item in modules)
+    return isinstance(modules, list) and any(
+        isinstance(item, dict) and str(item.get("type", "")).endswith(".Pooling") for item in modules
+    )
 
 
 def _json(path: Path) -> Any:
