@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests import tiny_models
+from tests.needs import need
 from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest, ResolvedModel
 from vllmd.errors import ModelInvalid, ModelNotFound, PermissionMissing, StorageFailed, VllmdError
 from vllmd.models import demo, sources
 from vllmd.models.identity import hash12, label
-from vllmd.models.resolve import resolve, resolve_report
+from vllmd.models.resolve import resolve, resolve_report, verified
 from vllmd.models.sources import hf_cache, hub
 from vllmd.models.wire import Progress
 
@@ -276,6 +278,88 @@ def test_what_the_file_system_refuses_is_said_with_path_and_status(
     with pytest.raises(kind, match=str(directory / "config.json")) as caught:
         find()
     assert caught.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("closed", "source", "named"),
+    [
+        ("models/Tiny/config.json", "local", "models/Tiny/config.json"),
+        ("models/Tiny/" + SHARD2, "local", SHARD2),
+        ("models/Tiny", "local", "models/Tiny"),
+        ("models", "local", "models"),
+        ("models", "hf-cache", "models/hub"),
+        ("models/hub/models--acme--Tiny/snapshots", "hf-cache", "snapshots"),
+    ],
+)
+def test_permission_that_is_missing_is_77_with_path_and_user(open_path: Path, told: Told, closed: str, source: str, named: str) -> None:
+    """By a real other user, since root may read anything."""
+    need(os.geteuid() == 0, "root, to become another user")
+    store = open_path / "models"
+    demo.make(store / "Tiny")
+    tiny_models.snapshot(store / "hub", "acme/Tiny", "c1", main=True)
+    (open_path / closed).chmod(0)
+
+    def attempt() -> str:
+        try:
+            return str(resolve(tiny_models.request(store, sources=(source,)), Model(), {}, told).directory)
+        except PermissionMissing as error:
+            return f"{error.status} {error.what}"
+
+    said = as_nobody(attempt)
+    assert said.startswith("77 ")
+    assert named in said
+    assert "user nobody" in said
+
+
+def test_store_that_cannot_be_written_is_used_without_a_lock(open_path: Path) -> None:
+    need(os.geteuid() == 0, "root, to become another user")
+    directory = demo.make(open_path / "models/Tiny")
+    told = Told()
+
+    def attempt() -> str:
+        asked, settings = tiny_models.request(open_path / "models"), Model(verify="sha256")
+        model = verified(resolve(asked, settings, {}, told), asked, settings, told)
+        return f"{model.directory}\n{told.text}"
+
+    said = as_nobody(attempt)
+    assert said.startswith(f"{directory}\n")
+    assert "going on without a lock" in said
+    assert "cannot be remembered" in said
+
+
+@pytest.fixture
+def open_path() -> Iterator[Path]:
+    """A directory that other users may enter, unlike pytest's own."""
+    with tempfile.TemporaryDirectory(dir="/var/tmp") as name:
+        Path(name).chmod(0o755)
+        yield Path(name)
+
+
+def as_nobody(action: Callable[[], str]) -> str:
+    """What `action` returns in a process of the user nobody. What it imports must be imported before."""
+    import blake3 as blake3
+
+    from vllmd.models import verify as verify
+
+    for name in sources.names():
+        sources.get(name)
+    reader, writer = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            os.setgid(65534)
+            os.setuid(65534)
+            os.write(writer, action().encode())
+        except BaseException as error:  # nothing may escape into pytest's copy
+            os.write(writer, repr(error).encode())
+        finally:
+            os._exit(0)
+    os.close(writer)
+    try:
+        return os.read(reader, 65536).decode()
+    finally:
+        os.close(reader)
+        os.waitpid(pid, 0)
 
 
 def test_unreadable_default_cache_of_the_user_is_no_failure(find: Find, monkeypatch: pytest.MonkeyPatch) -> None:

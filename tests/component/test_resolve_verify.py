@@ -229,6 +229,15 @@ def test_checked_sums_are_remembered_on_request_beside_the_store(check: Check, m
         check(remembering)
 
 
+@pytest.mark.parametrize("remembering", [Model(cache_integrity_hash=True), REMEMBERING])
+def test_remembered_sum_that_is_not_the_expected_one_any_more(check: Check, model: Path, remembering: Model) -> None:
+    write_sums(model)
+    check(remembering)
+    (model / "sha256sums.txt").write_text(f"{'0' * 64}  {SHARD2}\n")
+    with pytest.raises(ModelInvalid, match=f"{SHARD2}: its SHA-256 is "):
+        check(remembering)
+
+
 def test_cache_of_the_existing_tools_is_believed_on_request(check: Check, model: Path) -> None:
     write_sums(model)
     lines = ["# schema=2"]

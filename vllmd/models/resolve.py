@@ -19,6 +19,7 @@ from vllmd.models import sources, store
 from vllmd.models.identity import asked, hash12
 from vllmd.models.ioerrors import translated
 from vllmd.models.lock import locked, private_directory
+from vllmd.models.places import is_directory
 from vllmd.models.sources import Candidate, Context, Found, NotFound
 from vllmd.models.validate import Checks, checks_of, validate
 from vllmd.models.wire import Progress
@@ -78,7 +79,7 @@ def _lock(request: ModelRequest, settings: Model, report: Report) -> Iterator[No
     """The identity's lock, and under it the recovery. Without it where the store cannot be written: then nobody changes it."""
     with ExitStack() as stack:
         try:
-            if not request.store.is_dir():
+            if not is_directory(request.store):
                 private_directory(request.store.parent, request.store.name)
             waiting = _teller(report, "lock")
             stack.enter_context(locked(request.store, hash12(asked(request)), settings.lock_timeout_s, waiting))

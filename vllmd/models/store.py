@@ -23,6 +23,7 @@ from vllmd.core.plan import ModelRequest
 from vllmd.errors import TryLater
 from vllmd.models.identity import hash12
 from vllmd.models.ioerrors import explained
+from vllmd.models.places import is_directory, is_real_directory, present
 
 PUBLISHED = ".published"
 
@@ -31,7 +32,7 @@ def published_target(store: Path, link: Path) -> Path | None:
     """Where a link of the store leads, if that is a version below .published; else None. OSError."""
     real = Path(os.path.realpath(link))
     below = Path(os.path.realpath(store / PUBLISHED))
-    is_version = real.is_relative_to(below) and len(real.relative_to(below).parts) == 2 and real.is_dir()
+    is_version = real.is_relative_to(below) and len(real.relative_to(below).parts) == 2 and is_directory(real)
     return real if is_version else None
 
 
@@ -45,9 +46,9 @@ def recover(store: Path, request: ModelRequest, warn: Callable[[str], None]) -> 
     """Put back what a crash between the existing tool's two renames left as NAME.bak.RANDOM. Needs the lock."""
     for name in (request.name, f"{request.name}.{hash12(request.identity)}"):
         target = store / name
-        if not request.name or target.exists() or target.is_symlink():
+        if not request.name or present(target):
             continue
-        backups = [path for path in store.glob(f"{_literal(name)}.bak.*") if path.is_dir() and not path.is_symlink()]
+        backups = [path for path in store.glob(f"{_literal(name)}.bak.*") if is_real_directory(path)]
         if backups:
             _restore(max(backups, key=lambda path: path.stat().st_mtime_ns), target, warn)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from vllmd.core.plan import ModelRequest
 from vllmd.models.identity import hub_slug
+from vllmd.models.places import is_real_directory
 from vllmd.models.sources import Candidate
 from vllmd.system.files import read_small
 
@@ -31,7 +32,7 @@ def candidates(hub: Path, request: ModelRequest) -> list[Candidate]:
 def _revision(repository: Path, snapshots: Path, revision: str) -> list[Candidate]:
     for commit in (revision, _ref(repository, revision)):
         path = snapshots / commit
-        if COMMIT.fullmatch(commit) and commit not in (".", "..") and path.is_dir() and not path.is_symlink():
+        if COMMIT.fullmatch(commit) and commit not in (".", "..") and is_real_directory(path):
             return [_candidate(path)]
     return []
 
@@ -42,7 +43,7 @@ def _candidate(path: Path) -> Candidate:
 
 def _directories(snapshots: Path) -> list[Path]:
     try:
-        return [path for path in snapshots.iterdir() if path.is_dir() and not path.is_symlink()]
+        return [path for path in snapshots.iterdir() if is_real_directory(path)]
     except (FileNotFoundError, NotADirectoryError):
         return []
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from vllmd.core.plan import ModelRequest
 from vllmd.models import provenance
 from vllmd.models.identity import hash12, label
+from vllmd.models.places import is_directory, present
 from vllmd.models.sources import Candidate, Context, Finding, Found, NotFound
 from vllmd.models.store import PUBLISHED, published_target
 
@@ -30,7 +31,7 @@ class Local:
         for path in _hashed(request):
             _add(_hashed_reason(path, request), path, found, reasons)
         plain = request.store / request.name
-        if request.name and os.path.lexists(plain):
+        if request.name and present(plain):
             _add(_plain_reason(plain, request), plain, found, reasons)
         if not reasons and not found:
             return NotFound(f"no {request.name or label(request)} in {request.store}")
@@ -38,15 +39,15 @@ class Local:
 
 
 def _given(path: Path) -> Finding:
-    if path.is_dir():
+    if is_directory(path):
         return Found((Candidate(Path(os.path.realpath(path))),))
-    return NotFound(f"{path} is no directory" if path.exists() else f"{path} does not exist")
+    return NotFound(f"{path} is no directory" if present(path) else f"{path} does not exist")
 
 
 def _hashed(request: ModelRequest) -> list[Path]:
     named = f"{request.name}.{hash12(request.identity)}" if request.name else label(request)
     paths = [request.store / name for name in dict.fromkeys((label(request), named))]
-    return [path for path in paths if os.path.lexists(path)]
+    return [path for path in paths if present(path)]
 
 
 def _add(reason: str, path: Path, found: list[Candidate], reasons: list[str]) -> None:
@@ -60,7 +61,7 @@ def _hashed_reason(path: Path, request: ModelRequest) -> str:
     """Why a directory that is named for this very identity is not it; '' if it is."""
     if path.is_symlink():
         return "" if published_target(request.store, path) else f"is a link that does not lead into {PUBLISHED}"
-    if not path.is_dir():
+    if not is_directory(path):
         return "is no directory"
     found = provenance.read(path)
     if found is None:
@@ -73,7 +74,7 @@ def _plain_reason(path: Path, request: ModelRequest) -> str:
     """Why STORE/NAME is not the model; '' if it is."""
     if request.revision:
         return f"exists, but says nothing of revision {request.revision}; use it by its path, or name it {label(request)}"
-    if not path.is_dir():
+    if not is_directory(path):
         return "is no directory"
     target = published_target(request.store, path) if path.is_symlink() else None
     if target is not None:
