@@ -22,7 +22,7 @@ from enum import IntEnum
 
 
 class Status(IntEnum):
-    """Exit statuses of `vllmd run` (docs/vllmd.8.md has the table for users)."""
+    """Exit statuses of `vllmd run` (README.md has the table for users)."""
 
     OK = 0
     PORT_FOREIGN = 2

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from vllmd.config import layers
+from vllmd.config.given import BUILT_IN
 from vllmd.config.layers import Loaded
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
 from vllmd.core.plan import MODEL_PLACEHOLDER, Deadlines, Installed, ModelRequest, Plan
 from vllmd.engines import registry
 from vllmd.engines.protocol import Context, Engine
+from vllmd.errors import ConfigError
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +76,8 @@ def deadlines(config: Config) -> Deadlines:
 def plan(prepared: Prepared, where: Context) -> Plan:
     """Everything decided; the engine's own checks included. ConfigError on what cannot work."""
     config, engine = prepared.config, prepared.engine
-    warnings = engine.check(where)
+    with _placed(prepared.loaded):
+        warnings = engine.check(where)
     request = model_request(config, prepared.paths)
     return Plan(
         instance=prepared.instance,
@@ -88,3 +92,15 @@ def plan(prepared: Prepared, where: Context) -> Plan:
         gpus=config.gpus,
         warnings=(*prepared.loaded.warnings, *warnings),
     )
+
+
+@contextlib.contextmanager
+def _placed(loaded: Loaded) -> Iterator[None]:
+    """An engine's complaint begins with the key; where that was set is known here."""
+    try:
+        yield
+    except ConfigError as error:
+        origin = loaded.origins.get(error.what.partition(":")[0])
+        if origin is None or origin == BUILT_IN:
+            raise
+        raise ConfigError(error.code, f"{origin}: {error.what}", error.hint) from None
