@@ -238,8 +238,9 @@ class Instance:
         return [process.pid for process in self.engine()]
 
     def engine_process(self, comm: str) -> procs.Process:
-        """The one engine process of that name ('vllm', 'VLLM::EngineCore', 'VLLM::Worker')."""
-        found = [process for process in self.engine() if process.comm == comm[:15]]
+        """The one engine process of that name ('VLLM::EngineCore', 'VLLM::Worker'), or the one that was executed ('main')."""
+        main = self.launch_json()["pid"] if comm == "main" else 0
+        found = [process for process in self.engine() if process.comm == comm[:15] or process.pid == main]
         assert len(found) == 1, f"{len(found)} {comm} among {[process.comm for process in self.engine()]}"
         return found[0]
 

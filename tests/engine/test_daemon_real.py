@@ -127,7 +127,7 @@ def test_killed_api_server_leaves_nothing_and_the_next_start_succeeds_over_stale
     with served:
         served.wait_ready(READY_S)
         orphans = [served.engine_process(name).pid for name in ("VLLM::EngineCore", "VLLM::Worker")]
-        served.kill_engine("vllm")
+        served.kill_engine("main")
         assert served.wait_exit(30) == 70
         assert not served.engine()
         assert not any(map(procs.is_alive, orphans))
