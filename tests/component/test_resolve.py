@@ -392,10 +392,20 @@ def test_backup_is_left_alone_while_the_model_is_there(store: Path, find: Find) 
     assert (store / "Tiny.bak.x").exists()
 
 
-def test_store_that_does_not_exist_is_no_error_of_its_own(tmp_path: Path, told: Told) -> None:
+def test_store_that_does_not_exist_is_no_error_of_its_own_and_is_not_made(tmp_path: Path, told: Told) -> None:
     with pytest.raises(ModelNotFound):
         resolve(tiny_models.request(tmp_path / "a/b/c"), Model(), {}, told)
-    assert "going on without a lock" in told.text
+    assert not (tmp_path / "a").exists()
+    assert "lock" not in told.text
+
+
+def test_given_path_needs_no_store_until_there_is_something_to_remember(tmp_path: Path, told: Told) -> None:
+    directory = demo.make(tmp_path / "given")
+    asked = tiny_models.request(tmp_path / "a/models", path=str(directory))
+    model = resolve(asked, Model(), {}, told)
+    assert not (tmp_path / "a").exists()
+    verified(model, asked, Model(verify="sha256"), told)
+    assert len(list((tmp_path / "a/models/.manifests").iterdir())) == 1
 
 
 def test_report_is_one_object_on_success_and_on_failure(store: Path, told: Told) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from vllmd.errors import PermissionMissing, TryLater
 from vllmd.models.ioerrors import explained
+from vllmd.models.places import present
 
 DIRECTORY = ".locks"
 POLL_S = 0.05
@@ -38,9 +39,11 @@ def locked(store: Path, hash12: str, timeout_s: float, waiting: Callable[[str], 
 
 
 def private_directory(store: Path, name: str) -> Path:
-    """A directory of ours in the store, made if missing; it gets the store's owner, so that a command that root ran once
-    does not leave behind what the service cannot write. OSError."""
+    """A directory of ours in the store, made if missing, like the store itself; it gets the owner of what it is made in, so
+    that a command that root ran once does not leave behind what the service cannot write. OSError."""
     path = store / name
+    if store != store.parent and not present(store):
+        private_directory(store.parent, store.name)
     owner = store.stat()
     try:
         path.mkdir(mode=0o755)

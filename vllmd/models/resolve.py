@@ -16,9 +16,9 @@ from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest, ResolvedModel
 from vllmd.errors import ModelInvalid, ModelNotFound, PermissionMissing, StorageFailed, VllmdError
 from vllmd.models import sources, store
-from vllmd.models.identity import asked, hash12
+from vllmd.models.identity import hash12
 from vllmd.models.ioerrors import translated
-from vllmd.models.lock import locked, private_directory
+from vllmd.models.lock import locked
 from vllmd.models.places import is_directory
 from vllmd.models.sources import Candidate, Context, Found, NotFound
 from vllmd.models.validate import Checks, checks_of, validate
@@ -76,14 +76,14 @@ def search(
 
 @contextmanager
 def _lock(request: ModelRequest, settings: Model, report: Report) -> Iterator[None]:
-    """The identity's lock, and under it the recovery. Without it where the store cannot be written: then nobody changes it."""
+    """The identity's lock, and under it the recovery. Without it where the store cannot be written: then nobody changes it;
+    nor for a directory outside the store, which nobody of us changes."""
     with ExitStack() as stack:
         try:
-            if not is_directory(request.store):
-                private_directory(request.store.parent, request.store.name)
-            waiting = _teller(report, "lock")
-            stack.enter_context(locked(request.store, hash12(asked(request)), settings.lock_timeout_s, waiting))
-            store.recover(request.store, request, _teller(report, "resolve"))
+            if not request.path and is_directory(request.store):
+                waiting = _teller(report, "lock")
+                stack.enter_context(locked(request.store, hash12(request.identity), settings.lock_timeout_s, waiting))
+                store.recover(request.store, request, _teller(report, "resolve"))
         except OSError as error:
             _teller(report, "lock")(f"going on without a lock: {translated(error, f'use {request.store}').what}")
         except (PermissionMissing, StorageFailed, ModelInvalid) as error:
