@@ -92,8 +92,9 @@ def resolve_main() -> int:
 
 def serve_main() -> int:
     from vllmd.engines.serve_command import main as command
+    from vllmd.verbs import env_files
 
-    return command(sys.argv[1:], dict(os.environ))
+    return command(sys.argv[1:], dict(os.environ), env_files)
 
 
 if __name__ == "__main__":

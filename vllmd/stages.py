@@ -14,7 +14,7 @@ from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
 from vllmd.core.plan import MODEL_PLACEHOLDER, Deadlines, Installed, ModelRequest, Plan
 from vllmd.engines import registry
-from vllmd.engines.protocol import Context, Engine
+from vllmd.engines.protocol import Context, Engine, SettingRefused
 from vllmd.errors import ConfigError
 
 
@@ -96,11 +96,11 @@ def plan(prepared: Prepared, where: Context) -> Plan:
 
 @contextlib.contextmanager
 def _placed(loaded: Loaded) -> Iterator[None]:
-    """An engine's complaint begins with the key; where that was set is known here."""
+    """An engine knows which key it refuses; the file and line of it are known here."""
     try:
         yield
-    except ConfigError as error:
-        origin = loaded.origins.get(error.what.partition(":")[0])
-        if origin is None or origin == BUILT_IN:
+    except SettingRefused as error:
+        origin = loaded.origins.get(error.key, BUILT_IN)
+        if origin == BUILT_IN:
             raise
         raise ConfigError(error.code, f"{origin}: {error.what}", error.hint) from None

@@ -9,10 +9,12 @@ import sys
 import traceback
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 
 from vllmd import stages
 from vllmd.config.layers import check_instance_name
-from vllmd.config.paths import Paths
+from vllmd.config.paths import SYSTEM, Paths
+from vllmd.config.settings import Config
 from vllmd.core.plan import ResolvedModel
 from vllmd.errors import ConfigError, VllmdError
 
@@ -105,3 +107,13 @@ def serve(options: argparse.Namespace, paths: Paths) -> int:
     stages.plan(prepared, where)
     directory = _resolved(prepared).directory
     return serve_instance(where, prepared.engine, directory, options.rest, print_cmd=options.print_cmd, dry_run=options.dry_run)
+
+
+def env_files(config: Config) -> list[Path]:
+    """Where vllm-serve looks for the resolved model: where vllm-resolve-model writes it, then today's older name."""
+    from vllmd.models.command import env_file
+    from vllmd.models.identity import slug
+
+    request = stages.model_request(config, SYSTEM)
+    found = env_file(config.model, request)
+    return [found] if config.model.env_file else [found, found.with_name(f"vllm-model.{slug(request.key)}.env")]
