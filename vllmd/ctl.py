@@ -7,39 +7,19 @@ lines and an exit status.
 from __future__ import annotations
 
 import argparse
-import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
-from typing import NoReturn
 
 from vllmd import __version__
-from vllmd.config.paths import SYSTEM, Paths, root_paths, user_paths
-from vllmd.errors import UsageError, VllmdError
+from vllmd.commandline import Parser, guarded, take_globals
+from vllmd.config.paths import Paths
 
-INTERRUPTED = 130
 _DESCRIPTION = "Start, stop and look at the models that this host serves. Each is an instance: a unit vllmd@NAME.service."
 _GLOBALS = "--user and --root DIR may stand before or after the verb."
 
 
 def main() -> int:
     """The entry point of the command; returns its exit status."""
-    try:
-        return run(sys.argv[1:])
-    except VllmdError as error:
-        sys.stderr.write(two_lines(error))
-        return int(error.status)
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:
-        # `vllmctl status | head`: what is left in the buffer must not fail again when the interpreter ends.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-
-
-def two_lines(error: VllmdError) -> str:
-    hint = f"  hint: {error.hint}\n" if error.hint else ""
-    return f"vllmctl: {error.what}\n{hint}"
+    return guarded("vllmctl", run)
 
 
 def run(argv: Sequence[str]) -> int:
@@ -53,42 +33,12 @@ def run(argv: Sequence[str]) -> int:
     return _perform(arguments, paths)
 
 
-def take_globals(argv: Sequence[str]) -> tuple[Paths, list[str]]:
-    """The places that --user and --root name, wherever they stand, and the command line without them."""
-    rest: list[str] = []
-    scopes: list[Paths] = []
-    words = iter(argv)
-    for word in words:
-        if word == "--user":
-            scopes.append(user_paths())
-        elif word == "--root":
-            scopes.append(_root(next(words, "")))
-        elif word.startswith("--root="):
-            scopes.append(_root(word.removeprefix("--root=")))
-        else:
-            rest.append(word)
-    if len({paths.scope for paths in scopes}) > 1:
-        raise UsageError("usage", "--user and --root exclude each other", "vllmctl --help")
-    return (scopes[-1] if scopes else SYSTEM), rest
-
-
-def _root(directory: str) -> Paths:
-    if not directory or directory.startswith("-"):
-        raise UsageError("usage", "--root needs a directory", "vllmctl --root DIR status")
-    return root_paths(Path(directory))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError("usage", message, f"{self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    top = _Parser(prog="vllmctl", description=_DESCRIPTION, epilog=_GLOBALS)
+    top = Parser(prog="vllmctl", description=_DESCRIPTION, epilog=_GLOBALS)
     top.add_argument("--version", action="version", version=f"vllmctl {__version__}")
     top.add_argument("--user", action="store_true", help="instances of your own user's systemd")
     top.add_argument("--root", metavar="DIR", help="instances run by hand with `vllmd --root DIR run NAME` (status only)")
-    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=_Parser)
+    verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     _add_status(verbs)
     for verb, text in (("start", "start an instance and show its progress until it is ready"), ("restart", "stop and start it again")):
         _add_follow(verbs.add_parser(verb, help=text, description=text.capitalize()))
@@ -99,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     return top
 
 
-def _add_status(verbs: argparse._SubParsersAction[_Parser]) -> None:
+def _add_status(verbs: argparse._SubParsersAction[Parser]) -> None:
     status = verbs.add_parser("status", help="one screen about an instance, or about all", epilog="Exit status: 0 serving, 3 not.")
     status.add_argument("name", metavar="NAME", nargs="?", help="the instance; without it, all of them")
     status.add_argument("--json", action="store_true", help="one JSON object, for programs")
@@ -112,7 +62,7 @@ def _add_follow(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--timeout", metavar="S", type=float, help="watch no longer than this; the start goes on")
 
 
-def _add_logs(verbs: argparse._SubParsersAction[_Parser]) -> None:
+def _add_logs(verbs: argparse._SubParsersAction[Parser]) -> None:
     logs = verbs.add_parser("logs", help="the journal of an instance")
     logs.add_argument("name", metavar="NAME")
     logs.add_argument("-f", "--follow", action="store_true", help="go on printing what comes")

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -57,10 +57,8 @@ def running(command: str, environ: dict[str, str]) -> Iterator[subprocess.Popen[
         yield child
     finally:
         if child.poll() is None or child.returncode != 0:
-            try:
+            with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         child.communicate()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from vllmd import ctl, ctl_files, ctl_follow, ctl_logs, ctl_status, ctl_unit
+from vllmd import commandline, ctl, ctl_files, ctl_follow, ctl_logs, ctl_status, ctl_unit
 from vllmd.config.paths import SYSTEM, Paths, root_paths
 from vllmd.errors import Status, UsageError, VllmdError
 from vllmd.system.journal import Journal
@@ -65,18 +65,18 @@ def written(root: Path, name: str = "demo", status: Any = None, last: Any = None
 
 @pytest.mark.parametrize("argv", [["--root", "/x", "status"], ["status", "--root", "/x"], ["status", "--root=/x"], ["--root=/x", "status"]])
 def test_root_may_stand_before_or_after_the_verb(argv: list[str]) -> None:
-    paths, rest = ctl.take_globals(argv)
+    paths, rest = commandline.take_globals(argv)
     assert (paths, rest) == (root_paths(Path("/x")), ["status"])
 
 
 def test_without_globals_the_paths_are_the_system_s() -> None:
-    assert ctl.take_globals(["status", "demo"]) == (SYSTEM, ["status", "demo"])
+    assert commandline.take_globals(["status", "demo"]) == (SYSTEM, ["status", "demo"])
 
 
 @pytest.mark.parametrize("argv", [["--root"], ["--root", "--user"], ["--user", "--root", "/x", "status"]])
 def test_globals_that_make_no_sense_are_usage_errors(argv: list[str]) -> None:
     with pytest.raises(UsageError):
-        ctl.take_globals(argv)
+        commandline.take_globals(argv)
 
 
 @pytest.mark.parametrize("argv", [[], ["nonsense"], ["start"], ["status", "--nonsense"], ["logs", "x", "--engine", "--events"], ["status", "../x"], ["stop", "vllmd"]])
