@@ -112,9 +112,7 @@ class Core:
     orphan: bool = False
 
     def run(self) -> None:
-        rename("VLLM::EngineCore")
         output = Output("EngineCore", silent=self.modes.output == "silent")
-        output.log("Initializing a V1 LLM engine (v0.32.0) with config: model='fake'", place="core.py:133")
         if not self.worker.recv(16):
             os._exit(1)
         output.log("GPU KV cache size: 2,097,152 tokens", place="kv_cache_utils.py:2327")
@@ -177,6 +175,9 @@ def start(modes: Modes, slots: int, share_s: float, listener: list[socket.socket
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
 
     def run_core() -> None:
+        rename("VLLM::EngineCore")
+        output = Output("EngineCore", silent=modes.output == "silent")
+        output.log("Initializing a V1 LLM engine (v0.32.0) with config: model='fake'", place="core.py:133")
         above, below = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fork(Worker(below, modes, share_s).run, [above, theirs])
         below.close()
