@@ -56,9 +56,8 @@ def add_globals(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--root", metavar="DIR", help="everything below one directory")
 
 
-def two_lines(program: str, error: VllmdError) -> str:
-    hint = f"  hint: {error.hint}\n" if error.hint else ""
-    return f"{program}: {error.what}\n{hint}"
+def two_lines(program: str, what: str, hint: str) -> str:
+    return f"{program}: {what}\n" + (f"  hint: {hint}\n" if hint else "")
 
 
 def guarded(program: str, run: Callable[[Sequence[str]], int], argv: Sequence[str] | None = None) -> int:
@@ -66,7 +65,7 @@ def guarded(program: str, run: Callable[[Sequence[str]], int], argv: Sequence[st
     try:
         return run(sys.argv[1:] if argv is None else argv)
     except VllmdError as error:
-        sys.stderr.write(two_lines(program, error))
+        sys.stderr.write(two_lines(program, error.what, error.hint))
         return int(error.status)
     except KeyboardInterrupt:
         return INTERRUPTED

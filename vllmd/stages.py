@@ -16,6 +16,7 @@ from vllmd.core.plan import MODEL_PLACEHOLDER, Deadlines, Installed, ModelReques
 from vllmd.engines import registry
 from vllmd.engines.protocol import Context, Engine, SettingRefused
 from vllmd.errors import ConfigError
+from vllmd.models.identity import request_from
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,12 +49,7 @@ def prepare(
 
 
 def model_request(config: Config, paths: Paths) -> ModelRequest:
-    """Which model is wanted: an id is ORG/NAME, a name is its last part, a directory's name is its own."""
-    model = config.model
-    name = model.name or model.id.rpartition("/")[2] or model.path.rstrip("/").rpartition("/")[2]
-    identifier = model.id or (f"{model.org}/{model.name}" if model.org and model.name else "")
-    store = paths.models if not model.dir else type(paths.models)(model.dir)
-    return ModelRequest(name, identifier, model.revision, model.path, model.sources, store)
+    return request_from(config.model, paths.models)
 
 
 def context(prepared: Prepared) -> Context:

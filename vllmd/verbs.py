@@ -8,15 +8,16 @@ import os
 import sys
 import traceback
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 
 from vllmd import stages
+from vllmd.commandline import two_lines
 from vllmd.config.layers import check_instance_name
 from vllmd.config.paths import SYSTEM, Paths
 from vllmd.config.settings import Config
-from vllmd.core.plan import ResolvedModel
+from vllmd.core.plan import ModelRequest
 from vllmd.errors import ConfigError, VllmdError
+from vllmd.models.wire import Progress
 
 
 def _environ() -> Mapping[str, str]:
@@ -76,37 +77,40 @@ def preflight(options: argparse.Namespace, paths: Paths) -> int:
     return report.code
 
 
-def resolve(options: argparse.Namespace, paths: Paths) -> int:
-    """What the sources say goes to stderr, the result as one JSON object to stdout."""
-    prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
-    model = _resolved(prepared)
-    print(json.dumps({"schema": 1, **asdict(model), "directory": str(model.directory)}))
-    return 0
+def _say(progress: Progress) -> None:
+    if progress.text:
+        print(progress.text, file=sys.stderr, flush=True)
 
 
-def _resolved(prepared: stages.Prepared) -> ResolvedModel:
-    from vllmd.models import resolve as resolver
-    from vllmd.models.wire import Progress
-
-    def say(progress: Progress) -> None:
-        if progress.text:
-            print(progress.text, file=sys.stderr, flush=True)
-
+def _request(prepared: stages.Prepared) -> ModelRequest:
     request = stages.model_request(prepared.config, prepared.paths)
     if not request.selected:
         raise ConfigError("no_model", f"{prepared.instance} has no model selected", "set 'model:' in its file")
-    model = resolver.resolve(request, prepared.config.model, prepared.environ, say)
-    return resolver.verified(model, request, prepared.config.model, say)
+    return request
+
+
+def resolve(options: argparse.Namespace, paths: Paths) -> int:
+    """What the sources say goes to stderr, the result, good or bad, as one JSON object to stdout."""
+    from vllmd.models.resolve import resolve_report
+
+    prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
+    report = resolve_report(_request(prepared), prepared.config.model, prepared.environ, _say)
+    print(json.dumps(report))
+    if not report["ok"]:
+        sys.stderr.write(two_lines("vllmd", report["error"]["what"], report["error"]["hint"]))
+    return int(report["status"])
 
 
 def serve(options: argparse.Namespace, paths: Paths) -> int:
     from vllmd.engines.serve_command import serve_instance
+    from vllmd.models import resolve as resolver
 
     prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
     where = stages.context(prepared)
     stages.plan(prepared, where)
-    directory = _resolved(prepared).directory
-    return serve_instance(where, prepared.engine, directory, options.rest, print_cmd=options.print_cmd, dry_run=options.dry_run)
+    model = resolver.resolve(_request(prepared), prepared.config.model, prepared.environ, _say)
+    model = resolver.verified(model, _request(prepared), prepared.config.model, _say)
+    return serve_instance(where, prepared.engine, model.directory, options.rest, print_cmd=options.print_cmd, dry_run=options.dry_run)
 
 
 def env_files(config: Config) -> list[Path]:
