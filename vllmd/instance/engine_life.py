@@ -144,6 +144,7 @@ class EngineLife:
         )
 
     def _attach(self, child: Child) -> None:
+        self.start.begin()
         log = self.context.config.log
         limits, bucket = LineLimits(log.line_max_bytes, log.lines_per_s), TokenBucket(log.lines_per_s)
         self._readers = [

@@ -16,6 +16,8 @@ from vllmd.instance.clockwork import Clockwork
 LOOK_S = 1.0
 BUSY_FRACTION = 0.2
 """Less CPU than this share of a core is an engine that only polls: no progress at all."""
+TOLD_STEP_S = 1.0
+"""systemd is told again when the deadline has moved by this much."""
 
 
 class StartWatch:
@@ -25,7 +27,12 @@ class StartWatch:
         self._deadlines = deadlines
         self._clockwork = clockwork
         self._cpu_s = cpu_s
-        self.clock = StartClock.begin(time.monotonic(), stall_s=deadlines.stall_s, start_s=deadlines.start_s)
+        self._told = 0.0
+        self.begin()
+
+    def begin(self) -> None:
+        """The engine was spawned. Not before: the model may have been an hour on its way."""
+        self.clock = StartClock.begin(time.monotonic(), stall_s=self._deadlines.stall_s, start_s=self._deadlines.start_s)
 
     def fact(self, fact: LogFact) -> None:
         self._take(self.clock.line(time.monotonic(), fact.phase, fact.fraction))
@@ -34,12 +41,13 @@ class StartWatch:
         self._take(self.clock.strong(time.monotonic()))
 
     def _take(self, clock: StartClock) -> None:
-        moved = clock.deadline - self.clock.deadline
         self.clock = clock
-        if moved > 1:
+        # Against what was told, not against the step before: a bar that grows every tenth of a second moves it too.
+        if clock.deadline - self._told > TOLD_STEP_S:
             self._allow()
 
     def _allow(self) -> None:
+        self._told = self.clock.deadline
         self._clockwork.allow(self.clock.deadline - time.monotonic() + self._deadlines.kill_s)
 
     async def expire(self, phase: Callable[[], str]) -> Failure:
