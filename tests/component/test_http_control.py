@@ -90,6 +90,19 @@ def test_clients_that_send_nothing_are_cut_off(path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_more_clients_than_places_are_turned_away_at_once(path: Path) -> None:
+    async def scenario() -> None:
+        async with control(path, timeout_s=60):
+            silent = [await asyncio.open_unix_connection(str(path)) for _ in range(CONNECTIONS_MAX)]
+            started = time.monotonic()
+            assert (await get(path)).outcome == "reset"
+            assert time.monotonic() - started < 3
+            for _, writer in silent:
+                writer.transport.abort()
+
+    asyncio.run(scenario())
+
+
 def test_a_client_that_never_reads_blocks_nobody(path: Path) -> None:
     async def scenario() -> None:
         async with control(path, timeout_s=0.3, size=5_000_000) as server:

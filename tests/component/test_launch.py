@@ -19,9 +19,9 @@ from tests import procs
 from tests.cgroups import ServiceCgroup
 from vllmd.system import launch
 from vllmd.system.cgroupnames import unified_mount
-from vllmd.system.host import boot_id, start_time
+from vllmd.system.host import boot_id, process_stat, start_time
 from vllmd.system.launch import Launch
-from vllmd.system.members import Members
+from vllmd.system.members import Members, kill_exactly
 
 pytestmark = pytest.mark.component
 
@@ -207,11 +207,61 @@ def test_a_cgroup_that_is_not_the_launchs_own_is_never_killed(tmp_path: Path, na
         group.remove()
 
 
+def test_a_pid_that_changes_hands_between_look_and_kill_is_not_hit(bystander: int) -> None:
+    seen = process_stat(bystander)
+    assert seen is not None
+    kill_exactly(dataclasses.replace(seen, start_time=seen.start_time - 1))
+
+
+LEAVING = """
+import os, sys, time
+if os.fork() == 0:
+    os.setsid()
+    os.execve("/bin/sh", ["sh", "-c", "echo $$; exec sleep 300"], {})
+time.sleep(300)
+"""
+
+
+def test_who_was_seen_as_a_member_stays_one_when_its_parent_is_gone() -> None:
+    argv = [PYTHON, "-I", "-S", "-c", LEAVING]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, start_new_session=True, env={"VLLMD_LAUNCH_ID": "mine"}) as main:
+        assert main.stdout is not None
+        left = int(main.stdout.readline())
+        members = Members("mine", os.geteuid(), main.pid, start_time(main.pid))
+        try:
+            assert {each.pid for each in members.find()} == {main.pid, left}
+            main.kill()
+            main.wait()
+            assert [each.pid for each in members.find()] == [left]
+            members.kill()
+            procs.wait_until("its end", lambda: not procs.is_alive(left))
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(left, signal.SIGKILL)
+
+
 def test_our_own_session_is_never_a_member(monkeypatch: pytest.MonkeyPatch) -> None:
     with subprocess.Popen(["/bin/sleep", "300"], env={"VLLMD_LAUNCH_ID": "mine"}) as sleeper:
         assert Members("mine", os.geteuid()).find() == []
         sleeper.kill()
 
+
+ESCAPED = ENGINE.replace(
+    "last = 0",
+    """
+def escape():
+    os.setsid()
+    if os.fork():
+        os._exit(0)
+    execute()
+read, last = os.pipe()
+os.set_inheritable(last, True)
+if os.fork() == 0:
+    escape()
+pids.append(int(os.read(read, 100)))
+""",
+)
+"""And a daemon with a session of its own and an empty environment: only the subreaper knows it."""
 
 # --- the family without a cgroup, in a supervisor of its own (a subreaper for good)
 
@@ -263,11 +313,11 @@ asyncio.run(main())
 
 
 def test_without_a_cgroup_nobody_escapes_and_our_own_helpers_are_spared() -> None:
-    done = subprocess.run([PYTHON, "-c", FAMILY, ENGINE], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([PYTHON, "-c", FAMILY, ESCAPED], cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     assert result["found"] == result["expected"]
-    assert len(result["found"]) == 5
+    assert len(result["found"]) == 6
     assert result["contains"] == [True, False]
     assert (result["alive"], result["empty"], result["after"]) == (False, True, [])
     assert result["status"] == "killed by SIGKILL"

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ import pytest
 from tests import procs
 from tests.cgroups import ServiceCgroup
 from vllmd.errors import ConfigError, EngineFailed, PermissionMissing
+from vllmd.system import process
 from vllmd.system.host import start_time
 from vllmd.system.process import Child, ExitStatus, SpawnSpec, spawn
 
@@ -167,6 +169,19 @@ def test_the_record_is_written_before_the_engine_exists() -> None:
     assert seen[0][1] == seen[0][2] > 0
 
 
+def test_the_launcher_already_carries_the_launchs_id() -> None:
+    """Without a cgroup it is found by that, should the supervisor die before the exec."""
+    seen: list[dict[str, str]] = []
+
+    async def scenario(child: Child) -> None:
+        await asyncio.wait_for(child.wait(), 10)
+
+    spec = SpawnSpec(argv=("/bin/true",), env={"VLLMD_LAUNCH_ID": "abc", "SECRET": "x"})
+    run(spec, scenario, lambda pid, start: seen.append(procs.environ_of(pid)))
+    assert seen[0]["VLLMD_LAUNCH_ID"] == "abc"
+    assert "SECRET" not in seen[0]
+
+
 @pytest.mark.parametrize(
     ("program", "kind", "code"),
     [
@@ -221,6 +236,32 @@ def test_a_cancelled_launch_leaves_nothing() -> None:
         assert entered.is_set()
 
     asyncio.run(main())
+
+
+def test_a_launch_cancelled_at_its_last_instant_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the exec is done before we look, nothing has to be waited for any more: the cancellation must not swallow a child
+    that runs."""
+    read_line = process._read_line
+
+    async def late(link: socket.socket) -> bytes:
+        if cancelled:
+            time.sleep(0.3)  # the launcher becomes the engine meanwhile
+        return await read_line(link)
+
+    cancelled: list[int] = []
+    monkeypatch.setattr(process, "_read_line", late)
+
+    async def main() -> None:
+        def before(pid: int, start: int) -> None:
+            cancelled.append(pid)
+            task.cancel()
+
+        task = asyncio.create_task(spawn(SpawnSpec(argv=("/bin/sleep", "60")), before))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert not procs.is_alive(cancelled[0])
 
 
 def test_the_process_is_in_its_cgroup_before_it_is_the_engine() -> None:

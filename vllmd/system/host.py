@@ -52,6 +52,11 @@ def start_time(pid: int) -> int:
     return stat.start_time if stat else 0
 
 
+def ticks_now() -> int:
+    """The clock of start_time: what starts from now on has this or more."""
+    return int(time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK"))
+
+
 def all_processes() -> list[ProcessStat]:
     """A snapshot; about 15 microseconds per process."""
     return [stat for name in os.listdir("/proc") if name.isdigit() and (stat := process_stat(name))]  # noqa: PTH208

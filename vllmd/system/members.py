@@ -1,8 +1,8 @@
 """Finding and ending a launch's processes without a cgroup: by launch id, session and parent, then by pidfd.
 
 A process belongs to a launch when its environment carries the launch's id, when it is in the session of the launch's
-first process, or when it descends from such a one; never when it is older than the launch, or in our own session. What
-does all of these away (a daemon that also cleans its environment) is still found while it is a child of the subreaper.
+first process, or when it descends from such a one, or was seen to; never when it is older than the launch, or in our own
+session. A daemon that leaves all of these and cleans its environment too is found by having been adopted by the subreaper.
 """
 
 from __future__ import annotations
@@ -21,15 +21,14 @@ _ENVIRON_MAX = 1 << 20
 
 @dataclass(slots=True)
 class Members:
-    """One launch. `pid` 0 while its first process is unknown; `adopter` the pid of a subreaper whose unknown children
-    outside its own session are orphans of the launch (0: none), `spared` those children that are not."""
+    """One launch. `pid` 0 while its first process is unknown; `adopter` the subreaper's pid (0: none)."""
 
     launch_id: str
     uid: int
     pid: int = 0
     start_time: int = 0
     adopter: int = 0
-    spared: set[int] = field(default_factory=set)
+    _seen: set[tuple[int, int]] = field(default_factory=set)
 
     def find(self) -> list[ProcessStat]:
         """The living ones, a snapshot; the launch's first process first."""
@@ -38,8 +37,9 @@ class Members:
         # the kernel gives no pid out again that still names a session: then our session has no member left
         reused = any(each.pid == self.pid and each.start_time != self.start_time for each in young)
         session = 0 if reused else self.pid
-        found = {each.pid: each for each in young if each.pid not in self.spared and self._is_root(each, session)}
+        found = {each.pid: each for each in young if self._is_root(each, session)}
         _add_descendants(found, young)
+        self._seen = {(each.pid, each.start_time) for each in found.values()}
         living = [each for each in found.values() if not each.is_zombie]
         return sorted(living, key=lambda each: (each.pid != self.pid, each.start_time))
 
@@ -52,13 +52,15 @@ class Members:
 
     def _is_root(self, stat: ProcessStat, session: int) -> bool:
         """Belongs by itself, not by its parent."""
+        if (stat.pid, stat.start_time) in self._seen:
+            return True
         if _owner(stat.pid) != self.uid:
             return False
         return (bool(session) and stat.session == session) or self._is_orphan(stat) or _launch_id(stat.pid) == self.launch_id
 
     def _is_orphan(self, stat: ProcessStat) -> bool:
-        """Adopted by us: its session was made by the launch, since our own children stay in ours."""
-        return bool(self.adopter and self.start_time) and stat.ppid == self.adopter
+        """Adopted: our own children lead their session, or stay in ours; a daemon does neither."""
+        return bool(self.adopter and self.start_time) and stat.ppid == self.adopter and stat.session != stat.pid
 
 
 def _add_descendants(found: dict[int, ProcessStat], processes: Iterable[ProcessStat]) -> None:

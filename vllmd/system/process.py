@@ -145,6 +145,9 @@ async def spawn(spec: SpawnSpec, before_exec: Callable[[int, int], None], *, tim
         try:
             async with asyncio.timeout(timeout_s):
                 await _shake_hands(link, spec, child, before_exec)
+            # a cancellation that came while nothing had to be waited for is delivered here, not to a caller who would
+            # then never see the child
+            await asyncio.sleep(0)
         except TimeoutError:
             child._destroy()
             raise TryLater("launch_timeout", f"the launcher did not get ready within {timeout_s:g} s", "The host is overloaded; see `uptime`.") from None

@@ -15,7 +15,7 @@ import time
 from collections.abc import Mapping
 
 from vllmd.system.family import LAUNCH_VARIABLE, SWEEP_TIMEOUT_S, Leftover, Socket, holds_socket
-from vllmd.system.host import Deadline, ProcessStat, all_processes, cpu_seconds
+from vllmd.system.host import Deadline, ProcessStat, all_processes, cpu_seconds, ticks_now
 from vllmd.system.members import Members
 
 PR_SET_CHILD_SUBREAPER = 36
@@ -53,7 +53,7 @@ class ProcessFamily:
         return {LAUNCH_VARIABLE: launch_id}
 
     def prepare(self, launch_id: str) -> None:
-        self._members = Members(launch_id, os.geteuid())
+        self._members = Members(launch_id, os.geteuid(), start_time=ticks_now() - 1, adopter=os.getpid())
         self._killing = False
         self._cpu = (0.0, 0.0)
 
@@ -61,7 +61,6 @@ class ProcessFamily:
         """The launch's first process: its session and its descendants count from now on."""
         if self._members is not None:
             self._members.pid, self._members.start_time = pid, start_time
-            self._members.adopter = os.getpid()
 
     def pids(self) -> tuple[int, ...]:
         return () if self._members is None else tuple(each.pid for each in self._find())
