@@ -69,7 +69,7 @@ def _failing(host: Host, why: str) -> dict[str, Any]:
         case "invalid model":
             return {"model": _broken_model(host)}
         case "no such model":
-            return {"model": {"id": "nobody/nothing", "sources": ["local"], "source_timeout_s": 0}}
+            return {"model": {"id": "nobody/nothing", "sources": ["local"]}}
         case _:
             return {"env": {"FAKE_EXIT": "3@0.1", "FAKE_ERROR": "CUDA out of luck"}}
 

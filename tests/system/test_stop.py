@@ -62,6 +62,16 @@ def test_sigkill_of_the_supervisor_leaves_no_process_and_it_serves_again(host: H
     assert host.health(name) == 200
 
 
+def test_sigkill_of_the_supervisor_leaves_no_process_even_if_nobody_starts_it_again(host: Host) -> None:
+    name = host.instance("alone", env={"FAKE_STRAY": "setsid,fork,ignore"}, dropin="Restart=no")
+    host.start(name)
+    before = host.engine(name)
+    host.run("systemctl", "kill", "--kill-who=main", "--signal=KILL", f"vllmd@{name}")
+    _gone(host, before, 5)
+    host.start(name)
+    assert host.health(name) == 200
+
+
 def test_sigkill_of_the_engine_s_main_process_takes_the_rest_along(host: Host) -> None:
     """A plain unit leaves EngineCore and its workers behind, holding the GPU's memory."""
     name = host.instance("beheaded", dropin="RestartSec=1")
