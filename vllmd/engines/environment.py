@@ -1,4 +1,4 @@
-"""The engine's environment: built from an allow list, not inherited (REQUIREMENTS D37). Pure.
+"""The engine's environment: built from an allow list, not inherited. Pure.
 
 What a service manager, a shell profile or a container platform leaves in an environment bends a Python program in ways
 nobody looks for: a PYTHONPATH to other packages, a NOTIFY_SOCKET that it answers in our name, Kubernetes' VLLM_PORT=tcp://...

@@ -52,7 +52,7 @@ flags that vllm-serve does not know are passed through.
 """
 
 _FROM_ENV_FILE = re.compile(r"HF_HOME|HF_HUB_OFFLINE|VLLM_MODEL(_[A-Z_]+)?|_VLLM_[A-Z_]+")
-"""A file that chooses the model may not choose PATH or LD_PRELOAD (V12)."""
+"""A file that chooses the model may not choose PATH or LD_PRELOAD."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +154,7 @@ def _context(environ: Mapping[str, str], paths: Paths) -> Context:
 
 
 def _as_today(config: Config) -> Config:
-    """What this command does differently from an instance: prefix caching off adds no flag (D31), the key stays in the
+    """What this command does differently from an instance: prefix caching off adds no flag, the key stays in the
     environment (nobody would remove a file after this process has become vLLM), Flox's places for the configuration."""
     tuning = replace(config.tuning, prefix_caching=config.tuning.prefix_caching or None)
     serve = replace(config.serve, api_key="")
@@ -173,7 +173,7 @@ def _flox_config(config: Config) -> str:
 
 
 def _resolved(context: Context, environ: Mapping[str, str], env_files: EnvFiles | None) -> dict[str, str]:
-    """The variables of the env file, checked to be of the model that is asked for (V11)."""
+    """The variables of the env file, checked to be of the model that is asked for."""
     model = context.config.model
     path = _env_file(context.config, env_files)
     if model.env_file_trusted:

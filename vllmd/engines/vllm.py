@@ -102,7 +102,7 @@ def served_name(config: Config) -> str:
 
 
 def _executable(config: Config, paths: Paths, environ: Mapping[str, str]) -> Path:
-    """engine.executable, else the engine that `vllmctl engine` chose, else vllm on PATH (D20)."""
+    """engine.executable, else the engine that `vllmctl engine` chose, else vllm on PATH."""
     if config.engine.executable:
         chosen = Path(config.engine.executable)
         if not chosen.is_file():
@@ -139,7 +139,7 @@ def _config_file(context: Context, keys: tuple[str, ...]) -> tuple[str, dict[str
 
 
 def _always(context: Context, config_path: str) -> list[str]:
-    """What stands on every command line, because it must win over any configuration file (D36)."""
+    """What stands on every command line, because it must win over any configuration file."""
     serve, tuning, flags = context.config.serve, context.config.tuning, context.installed.flags
     argv = ["--config", config_path] if config_path else []
     if serve.listen == "uds":

@@ -124,7 +124,7 @@ def _refuse_unknown(place: str, flag: str, installed: Installed) -> None:
 
 
 def _limits(installed: Installed) -> Iterable[str]:
-    """D41: what the installed version lacks is done without, and said."""
+    """What the installed version lacks is done without, and said."""
     if not installed.flags:
         yield f"{installed.executable}: its flags are not known (`vllmctl engine install` records them), so they are not checked and a stop does not drain"
         return
@@ -134,7 +134,7 @@ def _limits(installed: Installed) -> Iterable[str]:
 
 
 def _refuse_gpu_count(context: Context) -> None:
-    """tensor x pipeline x data parallel must equal the GPUs (D38). With `all` their number is preflight's to know."""
+    """tensor x pipeline x data parallel must equal the GPUs. With `all` their number is preflight's to know."""
     gpus, tuning = context.config.gpus, context.config.tuning
     if isinstance(gpus, str):
         return

@@ -1,7 +1,7 @@
 """vLLM's `--config` file: the user's own, read as hostile input, and the private one that carries the API key.
 
 A key in a 0600 file is visible nowhere; on the command line it is visible to every user, in the environment to every
-process of the same one (FACTS 3).
+process of the same one.
 """
 
 from __future__ import annotations

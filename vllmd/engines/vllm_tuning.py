@@ -1,7 +1,7 @@
 """vLLM's own settings that have a name of their own, written under `serve:` beside those of every engine.
 
 Each is passed only when it is set, because vLLM's own default is the better one for a machine that we do not know;
-tensor and pipeline sizes always stand on the command line (REQUIREMENTS D36).
+tensor and pipeline sizes always stand on the command line.
 """
 
 from __future__ import annotations

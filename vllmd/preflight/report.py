@@ -96,7 +96,7 @@ class Report:
         return head | body
 
     def as_error(self) -> VllmdError:
-        """The failure as `vllmd run` raises it, with the statuses of DESIGN.md. Only for a report that is not ok."""
+        """The failure as `vllmd run` raises it, with its exit statuses. Only for a report that is not ok."""
         if self.code in (2, 3, 4, 5):
             return PortRefused(self.reason, self.error, self.hint, status=Status(self.code))
         return _ERRORS_OF_RUN.get(self.reason, ConfigError)(self.reason, self.error, self.hint)
