@@ -105,8 +105,8 @@ def test_a_bound_socket_is_not_taken_for_time_wait(port: int) -> None:
 
 def test_a_connection_that_a_server_cannot_pass_over_holds_the_port_and_is_named(port: int) -> None:
     with connection(port, reuse=False) as (server, _):
-        assert ports.bind_probe("127.0.0.1", port) is Verdict.HELD
-        [found] = ports.holders_of_connections("127.0.0.1", port)
+        verdict, [found] = ports.look("127.0.0.1", port)
+        assert verdict is Verdict.HELD
         assert (found.state, found.inode) == ("connected", os.fstat(server.fileno()).st_ino)
 
 

@@ -21,12 +21,12 @@ from vllmd.config.settings import Preflight
 from vllmd.core.plan import Endpoint
 from vllmd.errors import VllmdError
 from vllmd.preflight import claims as rules
-from vllmd.preflight import gpu, lock, ports, reclaim, socketfile
-from vllmd.preflight.attribution import Claim, attribute
+from vllmd.preflight import gpu, lock, reclaim
+from vllmd.preflight.attribution import Claim
 from vllmd.preflight.claims import Judgement, Me, Own, Policy, Ruling, Standalone, Stray
+from vllmd.preflight.endpoints import Look, Refused, claims_of, holders_of, wait_until_free
 from vllmd.preflight.gates import Limits, Wanted
 from vllmd.preflight.owner import OwnerRules, ProcessFacts
-from vllmd.preflight.ports import Verdict
 from vllmd.preflight.report import Report
 from vllmd.system import procfs
 
@@ -69,12 +69,6 @@ class PreflightRequest:
         return gpu.GpuRequest(wanted, limits, settings.gpu_timeout_s, torch, self.python, self.cuda, self.archs)
 
 
-class _Refused(Exception):
-    def __init__(self, ruling: Ruling) -> None:
-        super().__init__(ruling.error)
-        self.ruling = ruling
-
-
 @dataclass(slots=True)
 class _Draft:
     """The report while it is made."""
@@ -84,6 +78,10 @@ class _Draft:
     processes: tuple[ProcessFacts, ...] = ()
     gpus: gpu.GpuResult = field(default_factory=gpu.GpuResult)
     warnings: list[str] = field(default_factory=list)
+
+    def warn(self, text: str) -> None:
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def report(self, ruling: Ruling, action: str = "") -> Report:
         tcp = [each for each in self.request.endpoints if each.kind == "tcp"]
@@ -122,7 +120,7 @@ def run(request: PreflightRequest) -> Report:
     try:
         with _locked(request.lock_path):
             return draft.report(Ruling(0), _checks(draft))
-    except _Refused as refused:
+    except Refused as refused:
         return draft.report(refused.ruling)
     except VllmdError as error:
         return draft.report(Ruling(1, error.code, error.what, error.hint))
@@ -141,16 +139,16 @@ def _locked(path: Path | None) -> Iterator[None]:
 
 
 def _checks(draft: _Draft) -> str:
-    """The action that was taken. _Refused ends it."""
+    """The action that was taken. Refused ends it."""
     request, me = draft.request, _me()
-    roots = _judged(draft, me).roots
+    roots = _judged(draft, me).roots and _judged(draft, me, thorough=True).roots
     _check_gpus(draft, is_reclaiming=bool(roots))
     if not roots:
         return "noop"
     if request.settings.dry_run:
         draft.processes = roots
         return "would_stop"
-    roots = _judged(draft, me).roots  # the GPU check can have taken a minute: nothing old is acted upon
+    roots = _judged(draft, me, thorough=True).roots  # the GPU check can have taken a minute: nothing old is acted upon
     if not roots:
         return "noop"
     _end(draft, roots, me)
@@ -163,20 +161,21 @@ def _me() -> Me:
     return Me(os.geteuid(), procfs.boot_id(), frozenset({pid, *procfs.ancestors(pid)}))
 
 
-def _judged(draft: _Draft, me: Me) -> Judgement:
+def _judged(draft: _Draft, me: Me, *, thorough: bool = False) -> Judgement:
     """Who holds the ports, and whether they may be ended. Looked at again before it is called unattributable: the owner
     may have ended in the middle of the scan."""
     settings = draft.request.settings
     owner = OwnerRules(settings.owner_regex, settings.process_signatures)
+    look = Look(settings, draft.request.remove_stale, draft.warn, thorough)
     for attempt in range(_RESCANS):
-        draft.claims = [claim for each in draft.request.endpoints for claim in _claims(draft, each)]
+        draft.claims = [claim for each in draft.request.endpoints for claim in claims_of(each, look)]
         judgement = rules.judge(draft.claims, owner, me, draft.request.policy)
         if judgement.ruling.code != 4:
             break
         if attempt < _RESCANS - 1:
             time.sleep(_RESCAN_S)
     if judgement.ruling.code:
-        raise _Refused(judgement.ruling)
+        raise Refused(judgement.ruling)
     return replace(judgement, roots=_with_family(draft.request.policy, judgement.roots, owner, me))
 
 
@@ -190,65 +189,24 @@ def _with_family(policy: Policy, roots: tuple[ProcessFacts, ...], owner: OwnerRu
     return tuple({each.pid: each for each in roots}.values())
 
 
-def _claims(draft: _Draft, endpoint: Endpoint) -> list[Claim]:
-    if endpoint.kind == "uds":
-        return _socket_claims(draft, endpoint.path)
-    verdict = ports.bind_probe(endpoint.host, endpoint.port)
-    if verdict is Verdict.UNAVAILABLE:
-        hint = "Set VLLM_HOST to an address that this machine has; `ip address` lists them."
-        raise _Refused(Ruling(1, "address_unavailable", f"{endpoint.host} is no address of this machine", hint))
-    if verdict is Verdict.NOT_PERMITTED:
-        hint = "Choose a port of 1024 or more, or give the service CAP_NET_BIND_SERVICE."
-        raise _Refused(Ruling(1, "port_not_permitted", f"port {endpoint.port} may not be bound by this user", hint))
-    return [] if verdict.is_free else _holders(draft, endpoint)
-
-
-def _holders(draft: _Draft, endpoint: Endpoint) -> list[Claim]:
-    listeners = ports.scan(endpoint.host, endpoint.port) or ports.holders_of_connections(endpoint.host, endpoint.port)
-    if listeners:
-        return attribute(listeners)
-    wait_s = 0.0 if draft.request.settings.dry_run else draft.request.settings.port_free_timeout_s
-    if _becomes_free(draft, deadline=wait_s):
-        return []
-    if ports.remnants(ports.targets_of(endpoint.host, endpoint.port), endpoint.port):
-        what = f"port {endpoint.port} is held by connections of a server that has ended"
-        if draft.request.settings.dry_run:  # they may be gone by the time of the start
-            draft.warnings.append(what)
-            return []
-        raise _Refused(Ruling(5, "port_held_by_closed_connections", what, "They end by themselves within a minute or two: try again."))
-    what = f"port {endpoint.port} is held by a socket that does not listen, and nothing tells whose it is"
-    raise _Refused(Ruling(4, "listener_unattributable", what, f"As root, `lsof -nP -iTCP:{endpoint.port}` may find it."))
-
-
-def _socket_claims(draft: _Draft, path: str) -> list[Claim]:
-    found = socketfile.inspect(path)
-    if found.state == "refused":
-        hint = "Remove it, or choose another path."
-        raise _Refused(Ruling(1, "socket_path_refused", f"{path} {found.reason}", hint))
-    if found.state == "stale":
-        may_remove = draft.request.remove_stale and not draft.request.settings.dry_run
-        if not (may_remove and socketfile.remove_stale(found)):
-            draft.warnings.append(f"{path} is the socket of a server that has ended: remove it, or the next start fails")
-    return attribute([found.listener]) if found.listener is not None else []
-
-
 def _check_gpus(draft: _Draft, *, is_reclaiming: bool) -> None:
     """What holds the port may hold the memory too: until it has ended, the gate asks whether there is enough in all."""
     draft.gpus = gpu.check(draft.request.gpu, "total" if is_reclaiming else "free")
     if draft.gpus.failures:
-        raise _Refused(Ruling(1, "gpu_hard_fail", "; ".join(draft.gpus.failures), draft.gpus.hint))
+        raise Refused(Ruling(1, "gpu_hard_fail", "; ".join(draft.gpus.failures), draft.gpus.hint))
 
 
 def _end(draft: _Draft, roots: tuple[ProcessFacts, ...], me: Me) -> None:
     settings = draft.request.settings
     draft.processes = roots
     units = {claim.listener.unit for claim in draft.claims if claim.listener.unit.endswith(".service")}
-    draft.warnings += [f"it ran in {unit}, and systemd may start it again: `systemctl stop {unit}`" for unit in sorted(units)]
+    for unit in sorted(units):
+        draft.warn(f"it ran in {unit}, and systemd may start it again: `systemctl stop {unit}`")
     _, remaining = reclaim.stop(roots, me.untouchable, settings.term_grace_s)
-    if _becomes_free(draft, deadline=settings.port_free_timeout_s) and not remaining:
+    endpoints = draft.request.endpoints
+    if wait_until_free(endpoints, settings.port_free_timeout_s, settings.port_free_poll_s) and not remaining:
         return
-    with contextlib.suppress(_Refused):
-        draft.claims = [claim for each in draft.request.endpoints for claim in _look_again(each)]
+    draft.claims = [claim for each in endpoints for claim in holders_of(each)]
     pids = remaining or sorted({pid for claim in draft.claims for pid in claim.listener.pids})
     known = {each.pid: each for each in (*roots, *(h for claim in draft.claims for h in claim.holders))}
     draft.processes = tuple(known.get(pid, ProcessFacts(pid, argv=procfs.cmdline(pid))) for pid in pids)
@@ -256,28 +214,7 @@ def _end(draft: _Draft, roots: tuple[ProcessFacts, ...], me: Me) -> None:
     if remaining:
         what = f"processes do not end: {' '.join(map(str, remaining))}"
     hint = "A process in state D waits for a driver or a disk, and cannot be killed: `ps -o pid,stat,wchan:32,cmd -p PID`."
-    raise _Refused(Ruling(5, "port_still_listening_after_stop", what, hint))
-
-
-def _look_again(endpoint: Endpoint) -> list[Claim]:
-    return attribute(ports.scan(endpoint.host, endpoint.port) if endpoint.kind == "tcp" else ports.listeners_of(endpoint))
-
-
-def _becomes_free(draft: _Draft, *, deadline: float) -> bool:
-    """Wait until all endpoints are free, for this many seconds."""
-    end = time.monotonic() + deadline
-    while not all(_is_free(each) for each in draft.request.endpoints):
-        left = end - time.monotonic()
-        if left <= 0:
-            return False
-        time.sleep(min(draft.request.settings.port_free_poll_s, left))
-    return True
-
-
-def _is_free(endpoint: Endpoint) -> bool:
-    if endpoint.kind == "uds":
-        return socketfile.inspect(endpoint.path).state in ("absent", "stale")
-    return ports.bind_probe(endpoint.host, endpoint.port).is_free
+    raise Refused(Ruling(5, "port_still_listening_after_stop", what, hint))
 
 
 def _wait_for_memory(draft: _Draft) -> None:
@@ -294,7 +231,7 @@ def _wait_for_memory(draft: _Draft) -> None:
         left = end - time.monotonic()
         if left <= 0:
             hint = "`nvidia-smi` shows who holds it; a process that outlived its server must be ended by hand."
-            raise _Refused(Ruling(1, "gpu_memory_not_back", "; ".join(draft.gpus.failures), hint))
+            raise Refused(Ruling(1, "gpu_memory_not_back", "; ".join(draft.gpus.failures), hint))
         time.sleep(min(_MEMORY_POLL_S, left))
 
 
