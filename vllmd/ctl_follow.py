@@ -91,8 +91,10 @@ def _follow(systemd: Systemd, paths: Paths, name: str, settled: Callable[[UnitSt
 def _shown(paths: Paths, name: str, unit: UnitState) -> Shown:
     said = files.status(paths, name)
     state = files.text(said, "state")
+    if unit.active in ("inactive", "failed"):
+        return Shown("queued", None, "")  # the unit still shows its last life
     if not said or state in ("stopped", "failed"):
-        return Shown(unit.text or unit.active, None, "")
+        return Shown(unit.active, None, "")
     phase = files.text(said, "phase") or state
     return Shown(phase, files.number(said, "progress", "fraction"), files.text(said, "progress", "text"))
 

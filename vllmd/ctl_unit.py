@@ -124,7 +124,9 @@ class Systemd:
 
     def _refused(self, words: tuple[str, ...], said: str) -> VllmdError:
         if re.search(r"Access denied|authentication|Permission denied|not permitted", said, re.IGNORECASE):
-            return PermissionMissing("not_permitted", f"systemctl {words[0]}: {said}", f"sudo {self.prefix} {words[0]} ...")
+            return PermissionMissing("not_permitted", f"systemctl {words[0]}: {said}", f"sudo {self.prefix} {words[0]} {words[-1].removeprefix('vllmd@').removesuffix('.service')}")
+        if "connect to bus" in said:
+            return UsageError("no_user_systemd", f"systemctl: {said}", "is a systemd of this user running? log in as the user, or loginctl enable-linger USER")
         if "not found" in said:
             return UsageError("unit_not_found", f"systemctl {words[0]}: {said}", "is the unit vllmd@.service installed? systemctl cat vllmd@.service")
         return VllmdError("systemctl_failed", f"systemctl {words[0]}: {said}", "systemctl status vllmd@NAME shows more")
