@@ -162,9 +162,14 @@ class EngineLife:
         where = f" while {self._board.document['phase']}" if self._board.document["phase"] != "ready" else ""
         cause = self.output.cause()
         what = f"the engine ended by itself ({self._exit.describe()}){where}" + (f": {cause}" if cause else "")
-        hint = f"journalctl -u vllmd@{self.plan.instance} VLLMD_LAUNCH={self._board.document['launch_id']}"
+        hint = self._where_its_lines_are()
         self._journal.event("engine-exited", f"the engine's main process is gone ({self._exit.describe()})", priority=5)
         self._post(ev.EngineExited(record.failure_of(EngineFailed("engine_exited", what, hint))))
+
+    def _where_its_lines_are(self) -> str:
+        if isinstance(self._journal, Stderr):
+            return "its own lines stand above"
+        return f"its own lines: journalctl VLLMD_LAUNCH={self._board.document['launch_id']}"
 
     async def _expire(self) -> None:
         failure = await self.start.expire(lambda: str(self._board.document["phase"]))
