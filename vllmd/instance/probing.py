@@ -78,13 +78,18 @@ async def _try(probe: Probe, proof: ProofRequest, say: Callable[[str], None]) ->
             probe.endpoint, proof.method, proof.path, body=body, headers={**JSON, **proof.headers}, timeout_s=probe.proof_timeout_s
         )
         complaint = judge(answer, proof)
-        if not complaint or (answer.outcome == "answered" and answer.status == 404):
-            break
         if answer.outcome == "timeout":
             what = f"no answer to {proof.describe} within {probe.proof_timeout_s:g} s"
             raise TryLater("proof_timeout", what, "a first request that compiles needs a longer start.proof_timeout_s")
+        if not complaint or attempt == PROOF_TRIES or not _may_pass(answer):
+            break
         await asyncio.sleep(RETRY_S)
     return answer, complaint
+
+
+def _may_pass(answer: Answer) -> bool:
+    """What the engine refuses (4xx) or answers wrongly, it will refuse the next time too."""
+    return answer.outcome != "answered" or answer.status >= 500
 
 
 def judge(answer: Answer, proof: ProofRequest) -> str:
