@@ -273,3 +273,14 @@ def test_other_users_sockets_of_every_uid_are_told_apart(port: int) -> None:
     with holding("127.0.0.1", port, "--uid", str(NOBODY)):
         [found] = ports.scan("127.0.0.1", port)
     assert found.uid == NOBODY
+
+
+def test_a_name_is_not_resolved_again_at_every_probe(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with held("127.0.0.1", port):
+        assert len(ports.listeners_of(Endpoint("tcp", "localhost", port))) == 1
+
+        def stuck(*_args: object, **_kwargs: object) -> None:
+            raise AssertionError("the name server was asked")
+
+        monkeypatch.setattr(socket, "getaddrinfo", stuck)
+        assert len(ports.listeners_of(Endpoint("tcp", "localhost", port))) == 1

@@ -38,7 +38,10 @@ def test_it_ends_with_an_exec_unless_it_is_kept(folder: Path) -> None:
         with lock.take(folder / "l") as held:
             if keep:
                 held.keep_over_exec()
-            with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False) as child:
+            argv = [sys.executable, "-c", "print(flush=True); input()"]
+            with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False) as child:
+                assert child.stdout is not None
+                child.stdout.readline()  # vfork lets us go on before the exec has closed what it closes
                 held.release()
                 if keep:
                     with pytest.raises(TryLater):

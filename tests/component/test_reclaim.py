@@ -7,6 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -120,12 +121,28 @@ def test_a_stopped_process_is_killed_too(port: int) -> None:
         assert reclaim.stop([root(server.pid)], NOBODY_ELSE, GRACE_S) == ([server.pid], [])
 
 
+def orphans(session: int) -> list[procs.Process]:
+    """Those of the session, but its leader, whose parent is not in it."""
+    found = procs.in_session(session)
+    inside = {each.pid for each in found}
+    return [each for each in found if each.pid != session and each.ppid not in inside and each.comm.startswith("VLLM::")]
+
+
+def test_a_pid_that_is_used_again_while_it_is_looked_at_is_not_held(port: int) -> None:
+    with holding("127.0.0.1", port) as other:
+        now = procfs.stat(other.pid)
+        assert now is not None
+        family = reclaim.Family((), NOBODY_ELSE)
+        assert not reclaim._hold(family, replace(now, start_time=now.start_time - 1))
+        assert (family.seen, family.held) == ({}, {})
+
+
 def test_a_renamed_worker_whose_server_is_gone_is_found_in_its_group(port: int) -> None:
     """As vLLM's own: EngineCore stays in the group of the API server, which is killed."""
     script = "import os,time; open('/proc/self/comm','w').write('VLLM::EngineCor')\nif os.fork(): time.sleep(99)\nos.fork() and os._exit(0)\ntime.sleep(99)"
     with subprocess.Popen(["python3", "-c", script], start_new_session=True) as server:
         try:
-            worker = procs.wait_until("the orphan", lambda: [p for p in procs.in_session(server.pid) if p.ppid != os.getpid() and p.ppid != server.pid])
+            worker = procs.wait_until("the orphan", lambda: orphans(server.pid))
             reclaim.stop([root(server.pid)], NOBODY_ELSE, GRACE_S)
             assert not any(procs.is_alive(each.pid) for each in worker)
         finally:

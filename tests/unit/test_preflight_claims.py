@@ -160,3 +160,8 @@ def test_socket_activation_is_named_and_systemd_never_ended() -> None:
 def test_the_hint_names_the_command_that_frees_the_port(cgroup: str, hint: str) -> None:
     found = judge([claim(other(cgroup=cgroup), cgroup=cgroup)], OwnerRules(), ME, Own())
     assert hint in found.ruling.hint
+
+
+def test_a_process_that_names_itself_with_control_characters_writes_none_into_the_error() -> None:
+    found = judge([claim(other(comm="x\x1b[2J\ny"))], OwnerRules(), ME, Standalone())
+    assert found.ruling.error.isprintable()

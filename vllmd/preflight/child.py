@@ -15,6 +15,19 @@ _OUTPUT_LIMIT = 1 << 20
 _REAP_S = 1.0
 _abandoned: list[subprocess.Popen[bytes]] = []
 """Children in a driver's D state: SIGKILL is pending, nobody waits. Kept, so that no destructor complains of them."""
+_running: set[int] = set()
+"""Sessions of the children that a thread waits for now."""
+
+
+def kill_running() -> None:
+    """Nobody waits for a result any more: the instance is being stopped. What is stuck in a driver ends when that lets it."""
+    for session in list(_running):
+        _kill(session)
+
+
+def _kill(session: int) -> None:
+    with contextlib.suppress(OSError):
+        os.killpg(session, signal.SIGKILL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +46,19 @@ def run(argv: Sequence[str], *, timeout_s: float, environ: Mapping[str, str]) ->
     child = subprocess.Popen(
         list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=dict(environ), start_new_session=True
     )
+    _running.add(child.pid)
+    try:
+        return _outcome(child, deadline)
+    finally:
+        _running.discard(child.pid)
+
+
+def _outcome(child: subprocess.Popen[bytes], deadline: float) -> Outcome:
     assert child.stdout is not None
     with child.stdout:
         output, ended = _read(child.stdout.fileno(), deadline)
     if not ended or not _reaped(child, deadline):
-        with contextlib.suppress(OSError):
-            os.killpg(child.pid, signal.SIGKILL)
+        _kill(child.pid)
         if not _reaped(child, time.monotonic() + _REAP_S):
             _abandoned.append(child)
         return Outcome(output, timed_out=True, status=None)
@@ -46,10 +66,14 @@ def run(argv: Sequence[str], *, timeout_s: float, environ: Mapping[str, str]) ->
 
 
 def _read(fd: int, deadline: float) -> tuple[str, bool]:
+    """What the child says until it closes its stdout (True) or the deadline. poll, not select: the daemon may have more
+    than 1,024 descriptors."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
     data = b""
     while len(data) < _OUTPUT_LIMIT:
         left = deadline - time.monotonic()
-        if left <= 0 or not select.select([fd], [], [], left)[0]:
+        if left <= 0 or not poller.poll(left * 1000):
             return data.decode(errors="replace"), False
         part = os.read(fd, 65536)
         if not part:

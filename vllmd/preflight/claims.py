@@ -203,12 +203,17 @@ def _verb(claim: Claim) -> str:
 
 
 def _names(claim: Claim) -> str:
-    shown = ", ".join(f"{each.pid} {each.comm}" for each in claim.holders[:4])
+    shown = ", ".join(f"{each.pid} {_plain(each.comm)}" for each in claim.holders[:4])
     return f": {shown}" if shown else ""
 
 
 def _unit(claim: Claim) -> str:
     return f", in {claim.listener.unit}" if claim.listener.unit else ""
+
+
+def _plain(name: str) -> str:
+    """A process may call itself whatever it likes, line breaks and terminal sequences included."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 def _user(uid: int | None) -> str:

@@ -62,9 +62,13 @@ def targets_of(host: str, port: int) -> tuple[Target, ...]:
         raise ConfigError(
             "host_unresolvable", f"the host {host!r} cannot be resolved: {error}", "Set VLLM_HOST to an address of this machine."
         ) from None
-    return tuple(dict.fromkeys(Target(family, address) for family, _, _, _, address in found if family in _FAMILIES))  # type: ignore[arg-type]
+    targets = tuple(dict.fromkeys(Target(family, address) for family, _, _, _, address in found if family in _FAMILIES))  # type: ignore[arg-type]
+    _resolved[host, port] = targets
+    return targets
 
 
+_resolved: dict[tuple[str, int], tuple[Target, ...]] = {}
+"""What names stood for when they were last resolved: the probes of a start do not wait for a name server each time."""
 _FAMILIES = (socket.AF_INET, socket.AF_INET6)
 
 
@@ -181,7 +185,7 @@ def listeners_of(endpoint: Endpoint) -> list[Listener]:
         found = socketfile.inspect(endpoint.path).listener
         return [found] if found is not None else []
     try:
-        targets = targets_of(endpoint.host, endpoint.port)
+        targets = _resolved.get((endpoint.host, endpoint.port)) or targets_of(endpoint.host, endpoint.port)
     except ConfigError:
         return []
     return [_listener(each) for each in _conflicting(targets, sockdiag.listeners(endpoint.port))]

@@ -122,7 +122,7 @@ def unit_of(cgroup: str) -> str:
     found = ""
     for part in cgroup.split("/"):
         name = part.removeprefix("_")
-        if name.endswith(_UNIT_SUFFIXES):
+        if name.endswith(_UNIT_SUFFIXES) and name.isprintable():
             found = name
             if not name.startswith("user@"):
                 break

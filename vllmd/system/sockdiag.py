@@ -52,6 +52,7 @@ class TcpState(IntEnum):
     BOUND = 13
 
 
+_STATES = frozenset(map(int, TcpState))
 CONNECTED_STATES = frozenset(TcpState) - {TcpState.LISTEN, TcpState.BOUND, TcpState.CLOSE}
 
 
@@ -117,7 +118,10 @@ def _receive(netlink: socket.socket, port: int) -> tuple[list[Socket], bool]:
     found: list[Socket] = []
     interrupted = False
     while True:
-        for kind, flags, body in _messages(netlink.recv(1 << 18)):
+        data = netlink.recv(1 << 18)
+        if not data:
+            raise OSError(errno.EPROTO, "an empty netlink message")
+        for kind, flags, body in _messages(data):
             interrupted |= bool(flags & _NLM_F_DUMP_INTR)
             if kind == _NLMSG_DONE:
                 return found, interrupted
@@ -142,7 +146,7 @@ def _parse(body: bytes) -> Socket | None:
     if len(body) < _MESSAGE.size:
         return None
     family, state, _timer, _retransmits, port, _, source, *_, uid, inode = _MESSAGE.unpack_from(body)
-    if family not in (socket.AF_INET, socket.AF_INET6):
+    if family not in (socket.AF_INET, socket.AF_INET6) or state not in _STATES:
         return None
     attributes = dict(_attributes(body[_MESSAGE.size :]))
     v6only = attributes.get(_ATTR_V6ONLY)
@@ -184,7 +188,7 @@ def _table(path: str, family: int) -> Iterator[Socket]:
         next(lines, None)
         for line in lines:
             fields = line.split()
-            if len(fields) > 9:
+            if len(fields) > 9 and int(fields[3], 16) in _STATES:
                 address, _, port = fields[1].partition(":")
                 yield Socket(
                     family=family,
