@@ -11,6 +11,7 @@ from vllmd.core.plan import Plan
 from vllmd.engines.protocol import Context, Engine
 from vllmd.errors import PortRefused, Status
 from vllmd.preflight import lock, ports
+from vllmd.preflight.child import kill_running
 from vllmd.preflight.claims import LaunchRecord, Own, Policy, Stray
 from vllmd.preflight.report import Report
 from vllmd.preflight.run import PreflightRequest, run
@@ -59,7 +60,10 @@ def _lock_path(context: Context, plan: Plan) -> Path | None:
 
 async def check_host(engine: Engine, context: Context, plan: Plan, say: Callable[[str], None]) -> Report:
     """Runs preflight; its failure as the VllmdError of its status. Warnings go to `say`."""
-    report = await in_thread(lambda: run(preflight_request(engine, context, plan, dry_run=False)))
+    try:
+        report = await in_thread(lambda: run(preflight_request(engine, context, plan, dry_run=False)))
+    finally:
+        kill_running()  # after a stop in the middle; else there are none
     for warning in report.warnings:
         say(warning)
     if not report.ok:
