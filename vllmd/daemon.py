@@ -320,7 +320,8 @@ class Daemon:
 
     def _task(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         self._cancel(name)
-        self._tasks[name] = asyncio.create_task(self._guarded(name, work), name=name)
+        task = self._tasks[name] = asyncio.create_task(self._guarded(name, work), name=name)
+        task.add_done_callback(lambda _: work.close())  # cancelled before its first step: nobody awaits `work` then
 
     async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
         try:

@@ -236,6 +236,7 @@ class EngineLife:
             return ", ".join(f"pid {pid}" for pid in self.family.pids()) or "unknown processes"
         if self._child is not None:
             self._child.close()
+            self._remove_sockets()
         self.family.remove()
         launches.forget(self._state)
         return ""
@@ -245,6 +246,12 @@ class EngineLife:
         self._hold.close()
         for path in self._private:
             path.unlink(missing_ok=True)
+
+    def _remove_sockets(self) -> None:
+        """vLLM leaves the file of its socket behind, and fails on one that it finds."""
+        for endpoint in self.plan.endpoints:
+            if endpoint.kind == "uds" and Path(endpoint.path).is_socket():
+                Path(endpoint.path).unlink(missing_ok=True)
 
     def last_words(self) -> dict[str, Any]:
         """What last.json says beside the error."""
