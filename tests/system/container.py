@@ -39,7 +39,7 @@ class Container:
     """`with Container(tree, binds) as machine:` boots it; `binds` maps places inside to directories outside, read-only."""
 
     def __init__(self, tree: Path, binds: Mapping[str, Path]) -> None:
-        self.name = f"vllmd-test-{os.getpid()}-{next(_numbers)}"
+        self.name = f"vllmd-machine-{os.getpid()}-{next(_numbers)}"
         self._tree = tree
         self._binds = dict(binds)
         self._cgroup = cgroup2_mount() / own_cgroup() / self.name
@@ -175,7 +175,7 @@ def remove_cgroup(root: Path) -> None:
 
 def sweep_cgroups(parent: Path) -> None:
     """Removes what test runs left that were killed; their containers died with them."""
-    for left in parent.glob("vllmd-test-*-*"):
+    for left in parent.glob("vllmd-machine-*-*"):
         if not Path("/proc", left.name.split("-")[2]).exists():
             remove_cgroup(left)
 
