@@ -37,7 +37,7 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
     check_instance_name(options.name)  # before anything is written under that name
     notifier = Notifier.from_environ(os.environ)
     environ = _environ()
-    journal = open_journal(environ, {"VLLMD_INSTANCE": options.name})
+    journal = open_journal(os.environ, {"VLLMD_INSTANCE": options.name})
     try:
         prepared = stages.prepare(options.name, paths, environ, options.overrides)
         return asyncio.run(Daemon(prepared, notifier, journal).run())
