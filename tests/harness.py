@@ -113,6 +113,7 @@ class Instance:
         if cgroup:
             self.env["INVOCATION_ID"] = "0123456789abcdef0123456789abcdef"
         self.daemon: subprocess.Popen[bytes] | None = None
+        self._litter: set[Path] = set()
 
     def _defaults(self, engine: Path, model: Path, fake: Mapping[str, str]) -> dict[str, Any]:
         return {
@@ -203,7 +204,9 @@ class Instance:
         return found
 
     def wait_ready(self, timeout_s: float = 30.0) -> Message:
-        return self.wait_notify(lambda message: message.get("READY") == "1", timeout_s)
+        ready = self.wait_notify(lambda message: message.get("READY") == "1", timeout_s)
+        self._litter |= set().union(*map(procs.shared_memory_of, self.engine_pids()))
+        return ready
 
     def wait_state(self, state: str, timeout_s: float = 30.0) -> dict[str, Any]:
         """Until status.json says so."""
@@ -288,6 +291,8 @@ class Instance:
         if self.daemon:
             self.daemon.wait(10)
         procs.reap_adopted()
+        for block in self._litter:
+            block.unlink(missing_ok=True)
         if self.cgroup:
             self.cgroup.remove()
         self.notify.close()

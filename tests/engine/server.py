@@ -62,6 +62,7 @@ class EngineServer:
         self.kind, self.uds = kind, uds
         self.port = port or free_port()
         self.folder = Path(tempfile.mkdtemp(prefix="ve-"))
+        self.litter: set[Path] = set()
         config = self.folder / "config.yaml"
         config.write_text(f"api-key:\n- {KEY}\n")
         config.chmod(0o600)
@@ -91,6 +92,11 @@ class EngineServer:
 
     def wait_ready(self) -> None:
         procs.wait_until("200 on /health", self._healthy, self.kind.start_s, 0.05)
+        self.note_litter()
+
+    def note_litter(self) -> None:
+        """Whoever is killed later leaves these."""
+        self.litter |= set().union(*(procs.shared_memory_of(process.pid) for process in self.members()))
 
     def _healthy(self) -> bool:
         assert self.process.poll() is None, f"ended with {self.process.returncode} while starting:\n{self.output()[-3000:]}"
@@ -115,6 +121,8 @@ class EngineServer:
         procs.kill_all(process.pid for process in self.members())
         self.process.wait(10)
         self.reap()
+        for block in self.litter:
+            block.unlink(missing_ok=True)
         shutil.rmtree(self.folder)
 
     # Asking.

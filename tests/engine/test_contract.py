@@ -52,6 +52,7 @@ def generating(kind: Kind, watched: Watched) -> Iterator[EngineServer]:
             if not watched or watched[-1] != (*now, health):
                 watched.append((*now, health))
             time.sleep(0.01)
+        server.note_litter()
         yield server
 
 
