@@ -81,7 +81,7 @@ def hand_over(asked: argparse.Namespace) -> None:
             os._exit(0)
         os.dup2(writer, 1)
         os.execv(sys.executable, [sys.executable, __file__, asked.host, str(asked.port), "--reuse", "port"])
-    os.read(reader, 1)
+    os.fdopen(reader).readline()  # the whole line: it may come in two writes
     os._exit(0)
 
 
