@@ -1,0 +1,157 @@
+"""A start with the real vLLM, by vllmd and bare, in turns: how much of it passes outside of the engine."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bench import group, idle, killing, processes
+from bench.place import MARK, BenchError, Place, wait_for
+from bench.table import Figure, compared
+from vllmd.engines import record
+
+BAR_S = 0.7
+PAIRS = 5
+START_TIMEOUT_S = 300.0
+ASK_S = 0.05
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How vllmd executed the engine: a bare start does exactly the same."""
+
+    argv: list[str]
+    env: dict[str, str]
+    cwd: str
+
+
+@dataclass(frozen=True, slots=True)
+class Supervised:
+    """Seconds of one start by vllmd. `total_s`: to the first token that we got after READY=1."""
+
+    total_s: float
+    before_spawn_s: float
+    killed: killing.Killed
+
+
+def run() -> list[Figure]:
+    engines = idle.engines().resolve()
+    if not (engines / record.CURRENT / "bin/vllm").exists():
+        return [Figure("time of a start spent outside the engine", bar=BAR_S, missing="no real vLLM: make setup")]
+    with Place(cgroup=group.available(), config=_config(engines), engines=engines) as place:
+        recipe = _warm_up(place)
+        bare, supervised, left = [], [], []
+        for number in range(PAIRS):
+            say(f"pair {number + 1} of {PAIRS}")
+            for turn in ("bare", "vllmd") if number % 2 else ("vllmd", "bare"):
+                if turn == "vllmd":
+                    supervised.append(_supervised(place))
+                else:
+                    seconds, orphans = _bare(place, recipe)
+                    bare.append(seconds)
+                    left.append(orphans)
+    return _figures(bare, supervised, left)
+
+
+def _figures(bare: list[float], supervised: list[Supervised], left: list[int]) -> list[Figure]:
+    outside = [ours.total_s - theirs for ours, theirs in zip(supervised, bare, strict=True)]
+    pairs = " ".join(f"{each:+.2f}" for each in outside)
+    orphans = f"bare: {min(left)} to {max(left)} processes left after {killing.ORPHAN_S:g} s"
+    totals = [each.total_s for each in supervised]
+    return [
+        Figure("real vLLM: time of a start outside the engine (paired)", outside, bar=BAR_S, against=f"the pairs: {pairs}"),
+        Figure("  the whole start by vllmd, to one token after READY=1", totals, against=compared("bare `vllm serve`, to one token", bare)),
+        Figure("  of it before the engine's process", [each.before_spawn_s for each in supervised], against="exec of `vllmd run` to fork"),
+        Figure("real vLLM: SIGKILL of its main process to nothing left", [each.killed.empty_s for each in supervised], bar=killing.EMPTY_BAR_S, against=orphans),
+        Figure("  to the supervisor's exit", [each.killed.exit_s for each in supervised], bar=killing.EXIT_BAR_S),
+    ]
+
+
+def say(text: str) -> None:
+    print(f"  {text}", file=sys.stderr, flush=True)
+
+
+def _config(engines: Path) -> dict[str, Any]:
+    known = record.read((engines / record.CURRENT).resolve())
+    if known is None or known.variant != "cpu":
+        return {"gpus": 1}
+    return {"gpus": "none", "engine": {"args": {"dtype": "float32", "enforce-eager": True}, "env": {"VLLM_CPU_KVCACHE_SPACE": "1"}}}
+
+
+def _warm_up(place: Place) -> Recipe:
+    """A first start, which reads everything from the disk; what vllmd executed is read from /proc."""
+    say("warming up")
+    place.start()
+    place.ready_at(START_TIMEOUT_S)
+    pid = int(place.launch()["pid"])
+    words = Path(f"/proc/{pid}/environ").read_bytes().decode().split("\0")
+    env = dict(word.split("=", 1) for word in words if "=" in word)
+    argv = Path(f"/proc/{pid}/cmdline").read_bytes().decode().rstrip("\0").split("\0")
+    recipe = Recipe(argv, {name: value for name, value in env.items() if name != "VLLMD_LAUNCH_ID"}, os.readlink(f"/proc/{pid}/cwd"))  # noqa: PTH115
+    place.stop()
+    return recipe
+
+
+def _supervised(place: Place) -> Supervised:
+    boot_clock = time.clock_gettime(time.CLOCK_BOOTTIME)
+    began = place.start()
+    place.ready_at(START_TIMEOUT_S)
+    if not _one_token(place.port):
+        raise BenchError("READY=1, and no token")
+    total = time.monotonic() - began
+    before = int(place.launch()["start_time"]) / TICKS - boot_clock
+    return Supervised(total, before, killing.kill(place))
+
+
+def _bare(place: Place, recipe: Recipe) -> tuple[float, int]:
+    """(seconds to the first token, processes that outlive the SIGKILL of the main one)."""
+    with (place.root / "bare.log").open("wb") as log:
+        began = time.monotonic()
+        child = subprocess.Popen(recipe.argv, env=recipe.env, cwd=recipe.cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    family: list[int] = []
+    try:
+        while not _one_token(place.port):
+            if child.poll() is not None or time.monotonic() - began > START_TIMEOUT_S:
+                raise BenchError(f"the bare vLLM did not come up\n{(place.root / 'bare.log').read_text()[-2000:]}")
+            time.sleep(ASK_S)
+        seconds = time.monotonic() - began
+        family = processes.marked(MARK, str(place.root))
+        blocks = set().union(*map(processes.shared_memory, family))
+        child.kill()
+        child.wait()
+        time.sleep(killing.ORPHAN_S)
+        left = sum(map(processes.is_alive, family))
+        for block in blocks:
+            block.unlink(missing_ok=True)
+        return seconds, left
+    finally:
+        child.kill()
+        processes.end(processes.marked(MARK, str(place.root)))
+        child.wait()
+        wait_for("a free port", lambda: not _listens(place.port), 10)
+
+
+def _listens(port: int) -> bool:
+    with contextlib.suppress(OSError), contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=1)) as connection:
+        connection.connect()
+        return True
+    return False
+
+
+def _one_token(port: int) -> bool:
+    """Whether one token could be had."""
+    body = json.dumps({"model": "tiny", "prompt": "hello", "max_tokens": 1})
+    with contextlib.suppress(OSError, http.client.HTTPException), contextlib.closing(http.client.HTTPConnection("127.0.0.1", port, timeout=60)) as connection:
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        return answer.status == 200 and bool(json.loads(answer.read())["choices"])
+    return False
