@@ -7,7 +7,6 @@ nobody waits for.
 from __future__ import annotations
 
 import asyncio
-import signal
 import time
 import traceback
 from collections.abc import Coroutine
@@ -19,7 +18,7 @@ from vllmd.core.lifecycle import Impossible, Life, State, step
 from vllmd.core.plan import Plan, ResolvedModel
 from vllmd.engines.protocol import Context
 from vllmd.errors import TryLater, VllmdError
-from vllmd.instance import record, reload
+from vllmd.instance import record, reload, signals
 from vllmd.instance.board import Board
 from vllmd.instance.checking import check_host
 from vllmd.instance.clockwork import Clockwork
@@ -71,15 +70,9 @@ class Daemon:
 
     async def run(self) -> int:
         """Runs the instance to its end; returns the exit status."""
-        loop = asyncio.get_running_loop()
-        for number, event in (
-            (signal.SIGTERM, ev.StopRequested("signal")),
-            (signal.SIGINT, ev.StopRequested("signal")),
-            (signal.SIGHUP, ev.ReloadRequested()),
-        ):
-            loop.add_signal_handler(number, self.post, event)
-        self.journal.level = LEVELS[self.config.log.level]
-        self.journal.attach(loop)
+        signals.listen(self.post)
+        self._apply_log()
+        self.journal.attach(asyncio.get_running_loop())
         with InstanceLock(self.prepared.paths, self.prepared.instance):
             control = await serve_control(self.board, self.journal, lambda: self._engine.output.dropped if self._engine else 0)
             self._task("ticks", self._ticks())
@@ -174,11 +167,7 @@ class Daemon:
         self.clockwork.allow(self.config.preflight.gpu_timeout_s + 60)
         assert self._plan is not None
         assert self._context is not None
-        report = await check_host(
-            self.prepared.engine, self._context, self._plan, lambda text: self.journal.event("", text, priority=4)
-        )
-        text = f"the host is fit: port {report.action}, {len(report.gpus)} GPUs ({report.gpu_check_source})"
-        self.journal.event("preflight-passed", text, priority=6)
+        await check_host(self.prepared.engine, self._context, self._plan, self.journal)
         self.post(ev.PreflightPassed())
 
     async def _resolve(self) -> None:
@@ -298,23 +287,18 @@ class Daemon:
             self.journal.event("failed", complaint, priority=4)
 
     def _reload(self) -> None:
-        try:
-            fresh = stages.prepare(self.prepared.instance, self.prepared.paths, self.prepared.environ)
-        except VllmdError as error:
-            self.journal.event("reloaded", f"the configuration is not taken over: {error.what}", priority=3, hint=error.hint)
-            return
-        changes = reload.compare(self.config, fresh.config)
-        self.config = reload.apply_live(self.config, fresh.config)
+        taken = reload.read_again(self.prepared, self.config, self.journal)
+        if taken is not None:
+            self.config, waiting = taken
+            self.board.set(needs_restart=list(waiting))
+            self._apply_log()
+            if "watch" in self._tasks:  # it may sleep for an interval that was long until now
+                self._task("watch", self._watch())
+
+    def _apply_log(self) -> None:
         self.journal.level = LEVELS[self.config.log.level]
-        told = f"applied: {', '.join(changes.live)}" if changes.live else "nothing changed that applies now"
-        self.journal.event("reloaded", f"configuration read again; {told}", priority=5)
-        if changes.restart:
-            waits = ", ".join(changes.restart)
-            self.journal.event(
-                "reload-needs-restart", f"needs a restart: {waits}", priority=4,
-                hint=f"systemctl restart vllmd@{self.prepared.instance}",
-            )  # fmt: skip
-        self.board.set(needs_restart=list(changes.restart))
+        if self._engine is not None:
+            self._engine.limit_lines(self.config.log)
 
     # -- tasks
 

@@ -21,11 +21,12 @@ from vllmd.models.identity import request_from
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """An instance's configuration, parsed, with the engine that it names."""
+    """An instance's configuration, parsed, with the engine that it names. `overrides`: what --set gave, for a reload."""
 
     instance: str
     paths: Paths
     environ: Mapping[str, str]
+    overrides: Mapping[str, object]
     loaded: Loaded
     engine: Engine
 
@@ -44,8 +45,9 @@ def prepare(
         engines[name] = registry.get(name)
         return engines[name].tuning
 
-    loaded = layers.load(paths, instance, environ, overrides or {}, tuning_for)
-    return Prepared(instance, paths, environ, loaded, engines[loaded.config.engine.name])
+    given = overrides or {}
+    loaded = layers.load(paths, instance, environ, given, tuning_for)
+    return Prepared(instance, paths, environ, given, loaded, engines[loaded.config.engine.name])
 
 
 def model_request(config: Config, paths: Paths) -> ModelRequest:

@@ -55,6 +55,7 @@ class Board:
             "endpoints": [],
             "error": None,
             "warnings": [],
+            "needs_restart": [],
             "group": None,
             "role": None,
             "rank": None,

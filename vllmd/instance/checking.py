@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from vllmd.errors import PortRefused, Status
 from vllmd.preflight import lock, ports
 from vllmd.preflight.child import kill_running
 from vllmd.preflight.claims import LaunchRecord, Own, Policy, Stray
-from vllmd.preflight.report import Report
 from vllmd.preflight.run import PreflightRequest, run
 from vllmd.system import launch
+from vllmd.system.journal import Journal
+from vllmd.system.terminal import Stderr
 from vllmd.system.threads import in_thread
 
 
@@ -58,17 +58,18 @@ def _lock_path(context: Context, plan: Plan) -> Path | None:
     return lock.default_path(port, context.paths.runtime, context.environ, os.geteuid())
 
 
-async def check_host(engine: Engine, context: Context, plan: Plan, say: Callable[[str], None]) -> Report:
-    """Runs preflight; its failure as the VllmdError of its status. Warnings go to `say`."""
+async def check_host(engine: Engine, context: Context, plan: Plan, journal: Journal | Stderr) -> None:
+    """Runs preflight, and says what it found; its failure as the VllmdError of its status."""
     try:
         report = await in_thread(lambda: run(preflight_request(engine, context, plan, dry_run=False)))
     finally:
         kill_running()  # after a stop in the middle; else there are none
     for warning in report.warnings:
-        say(warning)
+        journal.event("", warning, priority=4)
     if not report.ok:
         raise report.as_error()
-    return report
+    text = f"the host is fit: port {report.action}, {len(report.gpus)} GPUs ({report.gpu_check_source})"
+    journal.event("preflight-passed", text, priority=6)
 
 
 class PortHold:

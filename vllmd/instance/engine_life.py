@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.config.redact import redact_argv, redact_text
+from vllmd.config.settings import Log
 from vllmd.core import events as ev
 from vllmd.core.plan import Command, Plan, ResolvedModel
 from vllmd.engines.protocol import Context, Engine
@@ -66,6 +67,7 @@ class EngineLife:
         self._child: Child | None = None
         self._exit: ExitStatus | None = None
         self._readers: list[LineReader] = []
+        self.limit_lines(context.config.log)
         self._background: list[asyncio.Task[None]] = []
         self._model: ResolvedModel | None = None
         self._hold = contextlib.ExitStack()
@@ -145,14 +147,19 @@ class EngineLife:
 
     def _attach(self, child: Child) -> None:
         self.start.begin()
-        log = self.context.config.log
-        limits, bucket = LineLimits(log.line_max_bytes, log.lines_per_s), TokenBucket(log.lines_per_s)
+        bucket = TokenBucket(self._limits.lines_per_s)
         self._readers = [
-            LineReader(pipe, self.output.line, limits=limits, bucket=bucket, on_dropped=self.output.lost)
+            LineReader(pipe, self.output.line, limits=self._limits, bucket=bucket, on_dropped=self.output.lost)
             for pipe in (child.stdout, child.stderr)
         ]
         self._background.append(asyncio.create_task(self._wait(child)))
         self._background.append(asyncio.create_task(self._expire()))
+
+    def limit_lines(self, log: Log) -> None:
+        """How much of the engine's output is passed on from now on."""
+        self._limits = LineLimits(log.line_max_bytes, log.lines_per_s)
+        for reader in self._readers:
+            reader.limit(self._limits)
 
     async def _wait(self, child: Child) -> None:
         self._exit = await child.wait()

@@ -1,11 +1,16 @@
-"""SIGHUP: read the configuration again, and say which changes apply now and which need a restart. Pure comparison."""
+"""SIGHUP: read the configuration again, and say which changes apply now and which need a restart."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+from vllmd import stages
 from vllmd.config.settings import Config
+from vllmd.errors import VllmdError
+from vllmd.stages import Prepared
+from vllmd.system.journal import Journal
+from vllmd.system.terminal import Stderr
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,3 +55,20 @@ def compare(old: Config, new: Config) -> Changes:
 def apply_live(old: Config, new: Config) -> Config:
     """The old configuration with the sections that a running instance can take over."""
     return replace(old, watch=new.watch, log=new.log)
+
+
+def read_again(prepared: Prepared, old: Config, journal: Journal | Stderr) -> tuple[Config, tuple[str, ...]] | None:
+    """The configuration that holds now, and the keys that wait for a restart; None when it is wrong, and not taken over."""
+    instance = prepared.instance
+    try:
+        fresh = stages.prepare(instance, prepared.paths, prepared.environ, prepared.overrides).config
+    except VllmdError as error:
+        journal.event("reloaded", f"the configuration is not taken over: {error.what}", priority=3, hint=error.hint)
+        return None
+    changes = compare(old, fresh)
+    told = f"applied: {', '.join(changes.live)}" if changes.live else "nothing changed that applies now"
+    journal.event("reloaded", f"configuration read again; {told}", priority=5)
+    if changes.restart:
+        what, hint = f"needs a restart: {', '.join(changes.restart)}", f"systemctl restart vllmd@{instance}"
+        journal.event("reload-needs-restart", what, priority=4, hint=hint)
+    return apply_live(old, fresh), changes.restart

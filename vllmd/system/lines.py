@@ -93,6 +93,11 @@ class LineReader:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(fd, self._readable)
 
+    def limit(self, limits: LineLimits) -> None:
+        """Other limits from now on, also for those who share the bucket."""
+        self._line_max = limits.line_max_bytes
+        self._bucket.rate = limits.lines_per_s
+
     def close(self) -> None:
         """Take what is in the pipe already (a bounded amount), hand on an unfinished line, and let go. Idempotent."""
         if self.closed:
