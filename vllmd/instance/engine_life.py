@@ -132,18 +132,12 @@ class EngineLife:
                 stream.write(content)
 
     def _write_launch(self, launch_id: str, pid: int, start_time: int) -> None:
-        launches.write(
-            self._state,
-            launches.Launch(
-                launch_id=launch_id,
-                boot_id=boot_id(),
-                pid=pid,
-                start_time=start_time,
-                cgroup=self.family.cgroup_path,
-                uid=os.getuid(),
-                started_at=now_text(),
-            ),
-        )
+        cgroup, uid = self.family.cgroup_path, os.getuid()
+        launch = launches.Launch(launch_id, boot_id(), pid, start_time, cgroup, uid, started_at=now_text())
+        try:
+            launches.write(self._state, launch)
+        except OSError as error:
+            raise storage_error(error, f"write {self._state / launches.NAME}") from error
 
     def _attach(self, child: Child) -> None:
         self.start.begin()
@@ -243,22 +237,24 @@ class EngineLife:
             return ", ".join(f"pid {pid}" for pid in self.family.pids()) or "unknown processes"
         if self._child is not None:
             self._child.close()
-            self._remove_sockets()
+            # vLLM leaves the file of its socket behind, and fails on one that it finds.
+            self._remove(*(Path(each.path) for each in self.plan.endpoints if each.kind == "uds"))
         self.family.remove()
-        launches.forget(self._state)
+        self._remove(self._state / launches.NAME)
         return ""
 
     def _clean(self) -> None:
         self._port.release()
         self._hold.close()
-        for path in self._private:
-            path.unlink(missing_ok=True)
+        self._remove(*self._private)
 
-    def _remove_sockets(self) -> None:
-        """vLLM leaves the file of its socket behind, and fails on one that it finds."""
-        for endpoint in self.plan.endpoints:
-            if endpoint.kind == "uds" and Path(endpoint.path).is_socket():
-                Path(endpoint.path).unlink(missing_ok=True)
+    def _remove(self, *paths: Path) -> None:
+        """A file system that has become read-only keeps no instance from ending; the next start copes with what is left."""
+        for path in paths:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                self._journal.event("", f"cannot remove {path}: {error.strerror}", priority=4)
 
     def last_words(self) -> dict[str, Any]:
         """What last.json says beside the error."""

@@ -36,8 +36,12 @@ class InstanceLock:
             os.close(self._fd)
             what = f"{self._instance} is supervised already, by pid {holder or 'unknown'}"
             raise TryLater("instance_locked", what, f"systemctl status vllmd@{self._instance}") from None
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            os.close(self._fd)
+            raise storage_error(error, f"write {self._path}") from error
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
