@@ -9,7 +9,7 @@ from collections.abc import Callable
 from vllmd.core.plan import Endpoint
 from vllmd.engines.protocol import Engine, LogFact
 from vllmd.system.journal import Journal
-from vllmd.system.terminal import Stderr
+from vllmd.system.terminal import Stderr, printable
 
 KEPT_LINES = 200
 SHOWN_BYTES = 400
@@ -39,7 +39,7 @@ class Output:
         text = self._redact(text)
         fact = self._engine.read_line(text)
         self._phase = fact.phase or self._phase
-        self.lines.append(text)
+        self.lines.append(printable(text))  # they go into last.json, STATUS= and other people's terminals
         self._journal.engine_line(text, fact.priority, phase=self._phase)
         self._on_fact(fact)
 

@@ -32,11 +32,11 @@ class Stderr(Sink):
         del event_id  # for programs; a person reads the message
         name = self._painted(f"{_NAMES[priority]:<6}", _COLOURS.get(priority, _DIM))
         pairs = "".join(f" {key.lower()}={_quoted(value)}" for key, value in fields.items() if value not in ("", None))
-        return f"{name} {_printable(message)}{self._painted(pairs, _DIM)}\n".encode(errors="replace")
+        return f"{name} {printable(message)}{self._painted(pairs, _DIM)}\n".encode(errors="replace")
 
     def _encode_line(self, text: str, priority: int, fields: Mapping[str, object]) -> bytes:
         del fields
-        return (self._painted(f"engine | {_printable(text)}", _COLOURS.get(priority, _DIM)) + "\n").encode(errors="replace")
+        return (self._painted(f"engine | {printable(text)}", _COLOURS.get(priority, _DIM)) + "\n").encode(errors="replace")
 
     def _painted(self, text: str, colour: str) -> str:
         return f"\x1b[{colour}m{text}\x1b[0m" if self._colour and text else text
@@ -73,13 +73,15 @@ def _open_again(descriptor: int) -> int:
     return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
 
 
-def _printable(text: str) -> str:
+def printable(text: str) -> str:
     """Without control characters: the engine's output must not drive the terminal."""
+    if text.isprintable():  # nearly always, and a hundred times as fast
+        return text
     return "".join(c if c.isprintable() or c == "\t" else " " for c in text)
 
 
 def _quoted(value: object) -> str:
-    text = _printable(str(value))
+    text = printable(str(value))
     if text and not any(c in text for c in ' "='):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
