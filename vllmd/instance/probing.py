@@ -104,7 +104,7 @@ def judge(answer: Answer, proof: ProofRequest) -> str:
 def _decoded(body: bytes) -> Any:
     try:
         return json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return body.decode(errors="replace")
 
 

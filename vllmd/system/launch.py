@@ -56,7 +56,7 @@ def read(directory: Path, warn: Callable[[str], None] = _nobody) -> Launch | Non
         return _parse(json.loads(read_small(path, _LIMIT_BYTES)))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         warn(f"{path} is ignored: {error}")
         return None
 
