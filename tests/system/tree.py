@@ -19,8 +19,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
-SUITE = "bookworm"
-PYTHON = "3.11"
+SUITES = {"bookworm": "3.11", "trixie": "3.13"}
+"""The Debian releases that the tests know, and the Python of each."""
 PACKAGES = ("systemd", "systemd-sysv", "dbus", "python3", "python3-venv", "libgomp1", "libnuma1")
 """No procps: a minimal Debian has none, and nothing of ours may need it. The two libraries are torch's."""
 MASKED = ("console-getty.service", "container-getty@.service", "serial-getty@.service", "getty@.service", "apt-daily.timer", "apt-daily-upgrade.timer")
@@ -35,17 +35,27 @@ def cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vllmd-dev"
 
 
+def suite() -> str:
+    """The Debian release of the containers: VLLMD_TEST_SUITE, else the older one."""
+    chosen = os.environ.get("VLLMD_TEST_SUITE") or "bookworm"
+    if chosen not in SUITES:
+        raise RuntimeError(f"VLLMD_TEST_SUITE: {chosen!r} is none of {', '.join(SUITES)}")
+    return chosen
+
+
 def debian_tree() -> Path:
     """The root file system of the containers: nothing but Debian, never changed."""
-    recipe = repr((SUITE, PACKAGES, MASKED, "3"))
-    return _cached(f"tree-{SUITE}", recipe, _debootstrap)
+    release = suite()
+    recipe = repr((release, PACKAGES, MASKED, "3"))
+    return _cached(f"tree-{release}", recipe, lambda into: _debootstrap(into, release))
 
 
 def wheelhouse() -> Path:
     """All wheels that an installation without network needs, for the containers' Python."""
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"], "wheel"]
-    return _cached("wheels", repr((PYTHON, sorted(wanted))), lambda into: _download(into, wanted))
+    python = SUITES[suite()]
+    return _cached("wheels", repr((python, sorted(wanted))), lambda into: _download(into, wanted, python))
 
 
 def _cached(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
@@ -72,9 +82,9 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _debootstrap(into: Path) -> None:
+def _debootstrap(into: Path, release: str) -> None:
     # In a mount namespace of its own: a killed debootstrap leaves /proc mounted in the tree that is then to be removed.
-    _run(["unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", SUITE, str(into)])
+    _run(["unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", release, str(into)])
     for masked in MASKED:
         (into / "etc/systemd/system" / masked).symlink_to("/dev/null")
     for waste in ("var/cache/apt/archives", "var/lib/apt/lists"):
@@ -82,8 +92,8 @@ def _debootstrap(into: Path) -> None:
         (into / waste).mkdir()
 
 
-def _download(into: Path, wanted: list[str]) -> None:
-    choice = ["--only-binary=:all:", "--implementation=cp", f"--python-version={PYTHON}"]
+def _download(into: Path, wanted: list[str], python: str) -> None:
+    choice = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
     _run([sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(into), *choice, *wanted])
 
 
