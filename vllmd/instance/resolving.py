@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -11,6 +12,7 @@ from vllmd.errors import EngineFailed, VllmdError
 from vllmd.models import wire
 
 LINE_LIMIT = 1 << 20
+KILL_S = 0.5
 
 
 async def resolve(
@@ -28,7 +30,9 @@ async def resolve(
         await _converse(child, request, on_event)
     finally:
         child.kill()
-        child.wait()
+        # One that reads from a dead network file system cannot be killed; it must not hold the daemon.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            child.wait(KILL_S)
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 pipe.close()
