@@ -33,7 +33,7 @@ def test_health_200_without_a_proof_of_life_is_no_ready(completions: str, status
 
 @pytest.mark.parametrize("exit_code", ["0", "1"])
 def test_an_exit_while_starting_is_a_failure_with_its_cause(exit_code: str) -> None:
-    fake = {"FAKE_START_S": "2", "FAKE_EXIT": f"{exit_code}@1", "FAKE_ERROR": "ValueError: no room for the KV cache"}
+    fake = {"FAKE_START_S": "30", "FAKE_EXIT": f"{exit_code}@1", "FAKE_ERROR": "ValueError: no room for the KV cache"}
     with quick(fake) as instance:
         error = ends(instance, 70, "engine_exited", ready=False)
         assert f"exit status {exit_code}" in error["what"]
@@ -50,7 +50,7 @@ def test_exit_status_0_of_a_ready_engine_is_a_failure() -> None:
 
 
 @pytest.mark.parametrize("cgroup", [False, True], ids=["processes", "cgroup"])
-def test_sigkill_of_the_api_server_leaves_no_orphan(cgroup: bool) -> None:
+def test_sigkill_of_the_api_server_leaves_no_orphan_and_the_next_start_succeeds(cgroup: bool) -> None:
     """EngineCore and Worker outlive it, holding the GPU's memory (upstream #55510)."""
     with quick(cgroup=cgroup) as instance:
         instance.wait_ready()
@@ -60,6 +60,9 @@ def test_sigkill_of_the_api_server_leaves_no_orphan(cgroup: bool) -> None:
         error = ends(instance, 70, "engine_exited", ready=True)
         assert "killed by SIGKILL" in error["what"]
         assert first(instance, "STOPPING").at - killed < 5
+        instance.start()
+        instance.wait_ready()
+        stop(instance)
 
 
 @pytest.mark.parametrize("victim", ["VLLM::EngineCore", "VLLM::Worker"])

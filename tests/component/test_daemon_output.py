@@ -136,11 +136,22 @@ def entries(listener: socket.socket) -> Iterator[dict[str, str]]:
             yield dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
 
 
+def collect(listener: socket.socket, event: str) -> list[dict[str, str]]:
+    """All entries up to that event: the queue of such a socket has ten places, so it must be read all the while."""
+    found: list[dict[str, str]] = []
+
+    def has_come() -> bool:
+        found.extend(entries(listener))
+        return any(entry.get("VLLMD_EVENT") == event for entry in found)
+
+    procs.wait_until(event, has_come, 30)
+    return found
+
+
 def test_the_journal_gets_events_and_lines_with_their_fields() -> None:
     instance = Tampered.quick(fake={"FAKE_DEATH_S": "0.1"})
     with journal(instance, read=True) as listener, instance:
-        instance.wait_ready()
-        found = list(entries(listener))
+        found = collect(listener, "engine-ready")
         launch = instance.status()["launch_id"]
         lines = [entry for entry in found if entry["SYSLOG_IDENTIFIER"] == "vllmd-engine"]
         events = [entry for entry in found if entry["SYSLOG_IDENTIFIER"] == "vllmd"]
@@ -151,8 +162,8 @@ def test_the_journal_gets_events_and_lines_with_their_fields() -> None:
         assert len(ready["MESSAGE_ID"]) == 32
         assert ready["PRIORITY"] == "5"
         instance.kill_engine("VLLM::EngineCore")
+        found = collect(listener, "stopped")
         instance.wait_exit()
-        found = list(entries(listener))
         assert any(entry["PRIORITY"] == "3" and entry["SYSLOG_IDENTIFIER"] == "vllmd-engine" for entry in found)
         failed = [entry for entry in found if entry.get("VLLMD_EVENT") == "failed"]
         assert failed

@@ -62,7 +62,7 @@ def read_all_the_while(instance: Instance) -> Iterator[list[dict[str, Any]]]:
 
 
 def test_status_json_is_whole_at_every_moment() -> None:
-    with quick({"FAKE_START_S": "2"}) as instance:
+    with quick({"FAKE_START_S": "6"}) as instance:
         with read_all_the_while(instance) as seen:
             instance.wait_ready()
             stop(instance)
