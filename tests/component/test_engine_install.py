@@ -179,7 +179,7 @@ def installing(tmp_path: Path, wheels: Path) -> Iterator[tuple[Path, subprocess.
             child.stderr.close()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_installation_changes_nothing(
     installing: tuple[Path, subprocess.Popen[str]], number: signal.Signals
 ) -> None:
@@ -277,3 +277,55 @@ def test_the_version_of_an_engine_that_was_not_made_here_is_known_without_runnin
     (tmp_path / "bin").mkdir()
     (tmp_path / "lib/python3.11/site-packages/vllm-0.9.1.dist-info").mkdir(parents=True)
     assert record.describe(tmp_path / "bin/vllm").version == "0.9.1"
+
+
+def test_the_service_can_execute_what_a_root_with_a_tight_umask_installed(tmp_path: Path, wheels: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        engine = install.install(tmp_path / "made/engines", request(wheels), lambda _line: None)
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(before)
+    for path in (engine.parent, engine, engine / "bin", *engine.glob("lib/python3*/site-packages/vllm"), engine / record.RECORD):
+        assert path.stat().st_mode & 0o044 == 0o044, path
+
+
+def test_current_is_no_engine_that_can_be_chosen(installed: Path) -> None:
+    for name in ("current", ".", ""):
+        with pytest.raises(UsageError, match="no engine"):
+            install.choose(installed.parent, name)
+    assert (installed.parent / "current").resolve() == installed
+
+
+@pytest.mark.parametrize(
+    "option",
+    [["--python", "/nonexistent"], ["--python", "/bin/true"], ["--python", "/"], ["--wheels", "/nonexistent"], ["--wheels", "/etc/passwd"]],
+)
+def test_a_request_that_cannot_be_met_makes_nothing(tmp_path: Path, option: list[str]) -> None:
+    with pytest.raises(UsageError, match=option[0]):
+        command.main(["install", "--cpu", *option], root_paths(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [".lock", "current"])
+def test_what_lies_in_the_way_of_an_installation_is_named(tmp_path: Path, wheels: Path, installed: Path, place: str) -> None:
+    engines = tmp_path / "engines"
+    shutil.copytree(installed, engines / installed.name, symlinks=True)
+    if place == ".lock":
+        (engines / place).symlink_to("/nonexistent")
+    else:
+        (engines / place).mkdir()
+    with pytest.raises(VllmdError, match=place) as caught:
+        install.install(engines, request(wheels), lambda _line: None)
+    assert caught.value.hint
+    assert not list(engines.glob(".current-*"))
+
+
+@pytest.mark.parametrize("content", ["fifo", "[" * 100_000, "\xff"])
+def test_a_record_that_is_none_is_not_waited_for(tmp_path: Path, content: str) -> None:
+    path = tmp_path / record.RECORD
+    if content == "fifo":
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content.encode("latin-1"))
+    assert record.read(tmp_path) is None

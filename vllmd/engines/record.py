@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.core.plan import Installed
+from vllmd.system.files import read_small
 
 RECORD = "vllmd-engine.json"
 CURRENT = "current"
@@ -41,9 +42,8 @@ def write(directory: Path, record: Record) -> None:
 def read(directory: Path) -> Record | None:
     """The record in an engine's directory; None where there is none that can be understood."""
     try:
-        with open(directory / RECORD, encoding="utf-8") as stream:
-            raw = json.loads(stream.read(_LIMIT_BYTES))
-    except (OSError, ValueError):
+        raw = json.loads(read_small(directory / RECORD, _LIMIT_BYTES))
+    except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(raw, dict) or raw.get("schema") != 1:
         return None
