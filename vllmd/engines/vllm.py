@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,14 @@ from vllmd.engines import (
     vllm_check,
     vllm_config_file,
     vllm_flags,
+    vllm_host,
     vllm_logs,
     vllm_proof,
     vllm_task,
     vllm_tuning,
 )
-from vllmd.engines.protocol import Context, LogFact, ProofRequest
-from vllmd.errors import ConfigError
+from vllmd.engines.protocol import Context, LogFact, ProofRequest, SettingRefused
+from vllmd.errors import ConfigError, PermissionMissing
 
 _DEFAULT_MEMORY_FRACTION = 0.92
 """vLLM's own --gpu-memory-utilization (0.32; it was 0.9 before)."""
@@ -40,6 +43,7 @@ class Vllm:
         return record.describe(_executable(config, paths, environ))
 
     def check(self, context: Context) -> list[str]:
+        vllm_host.refuse_unfit(context)
         return vllm_check.check(context)
 
     def endpoints(self, context: Context) -> tuple[Endpoint, ...]:
@@ -101,19 +105,31 @@ def served_name(config: Config) -> str:
     )
 
 
+def _is_program(path: Path) -> bool:
+    """PermissionMissing where this user may not even look: an engine that is there is not to be reported as missing."""
+    try:
+        return stat.S_ISREG(path.stat().st_mode) and os.access(path, os.X_OK)
+    except PermissionError as error:
+        hint = "let this user read and execute the engine: chmod -R a+rX, from the engines directory down"
+        raise PermissionMissing("engine_not_permitted", f"{path}: {error.strerror}", hint) from None
+    except OSError:
+        return False
+
+
 def _executable(config: Config, paths: Paths, environ: Mapping[str, str]) -> Path:
     """engine.executable, else the engine that `vllmctl engine` chose, else vllm on PATH."""
     if config.engine.executable:
         chosen = Path(config.engine.executable)
-        if not chosen.is_file():
-            raise ConfigError(
+        if not _is_program(chosen):
+            raise SettingRefused(
                 "engine_missing",
-                f"engine.executable: there is no file {chosen}",
+                "engine.executable",
+                f"there is no program {chosen}" if not chosen.is_file() else f"{chosen} is not executable",
                 "correct it, or remove it and run `vllmctl engine install`",
             )
         return chosen
     current = paths.engines / record.CURRENT / "bin/vllm"
-    if current.is_file():
+    if _is_program(current):
         return current
     found = shutil.which("vllm", path=environ.get("PATH", ""))
     if found is None:
@@ -146,7 +162,7 @@ def _always(context: Context, config_path: str) -> list[str]:
         argv += ["--uds", vllm_check.socket_path(context)]
     else:
         argv += ["--host", serve.host, "--port", str(serve.port)]
-    argv += ["--served-model-name", served_name(context.config)]
+    argv += vllm_flags.render("served-model-name", served_name(context.config), context.installed)
     argv += [
         "--tensor-parallel-size",
         str(tuning.tensor_parallel_size),
@@ -169,7 +185,7 @@ def tuned(context: Context) -> list[str]:
     for flag in ("--kv-cache-dtype", "--max-model-len", "--max-num-batched-tokens", "--gpu-memory-utilization"):
         value = getattr(tuning, vllm_flags.TUNED[flag])
         if value:
-            argv += [flag, str(value)]
+            argv += vllm_flags.render(flag, value, context.installed)
     if tuning.max_tokens:
         argv += ["--override-generation-config", json.dumps({"max_new_tokens": tuning.max_tokens})]
     return argv
