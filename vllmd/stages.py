@@ -56,7 +56,8 @@ def model_request(config: Config, paths: Paths) -> ModelRequest:
 
 def context(prepared: Prepared) -> Context:
     """The installed engine, looked up (nothing is run). ConfigError when there is none."""
-    installed: Installed = prepared.engine.installed(prepared.config, prepared.paths, prepared.environ)
+    with _placed(prepared.loaded):
+        installed: Installed = prepared.engine.installed(prepared.config, prepared.paths, prepared.environ)
     return Context(prepared.config, prepared.paths, prepared.instance, installed, prepared.environ)
 
 

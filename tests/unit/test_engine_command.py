@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import yaml
@@ -18,7 +18,7 @@ from vllmd.engines import environment
 from vllmd.engines.protocol import SettingRefused
 from vllmd.engines.vllm import Vllm
 from vllmd.engines.vllm_tuning import Tuning
-from vllmd.errors import ConfigError
+from vllmd.errors import ConfigError, PermissionMissing
 
 pytestmark = pytest.mark.unit
 
@@ -256,6 +256,35 @@ def test_the_chosen_engine_comes_before_the_path_and_after_the_setting(tmp_path:
     own = executable(tmp_path / "own/bin/vllm")
     where = context(tmp_path, {"engine.executable": str(own)})
     assert Vllm().installed(where.config, where.paths, environ).executable == str(own)
+
+
+def test_a_program_that_cannot_be_executed_is_no_engine(tmp_path: Path) -> None:
+    (tmp_path / "vllm").touch(mode=0o644)
+    for path, reason in ((tmp_path / "vllm", "is not executable"), (tmp_path, "there is no program")):
+        where = context(tmp_path, {"engine.executable": str(path)})
+        with pytest.raises(SettingRefused, match=rf"^engine\.executable: .*{reason}"):
+            Vllm().installed(where.config, where.paths, {})
+
+
+def test_engines_that_may_not_be_seen_are_not_reported_as_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What root installed under a tight umask: on some Pythons pathlib raises, on others it says there is none."""
+
+    def refused(path: Path) -> NoReturn:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "stat", refused)
+    where = context(tmp_path)
+    with pytest.raises(PermissionMissing, match=r"current/bin/vllm: Permission denied"):
+        Vllm().installed(where.config, where.paths, {"PATH": "/nowhere"})
+
+
+@pytest.mark.parametrize("key", ["api-key=s3cr3t", "--api-key s3cr3t", "dtype half", "", "--"])
+def test_a_key_that_holds_its_value_too_is_refused_without_being_shown(tmp_path: Path, key: str) -> None:
+    with pytest.raises(SettingRefused, match="more than the name of a flag") as caught:
+        Vllm().check(context(tmp_path, {"engine.args": {key: "true"}}))
+    assert "s3cr3t" not in caught.value.what + caught.value.hint
 
 
 def test_no_engine_at_all_says_what_to_run(tmp_path: Path) -> None:

@@ -40,11 +40,12 @@ def no_exec(monkeypatch: pytest.MonkeyPatch) -> None:
 def environ(tmp_path: Path) -> dict[str, str]:
     engine = tmp_path / "engines/vllm-0.32.0-cpu"
     (engine / "bin").mkdir(parents=True)
-    (engine / "bin/vllm").touch()
+    (engine / "bin/vllm").touch(mode=0o755)
     record.write(engine, record.Record("0.32.0", "cpu", tuple(FLAGS)))
     (tmp_path / "engines/current").symlink_to(engine.name)
+    (tmp_path / "model").mkdir()
     (tmp_path / "model.env").write_text(
-        "export _VLLM_RESOLVED_MODEL=/models/demo\n_VLLM_MODEL_IDENTITY=org/demo\nHF_HUB_OFFLINE=1\n"
+        f"export _VLLM_RESOLVED_MODEL={tmp_path}/model\n_VLLM_MODEL_IDENTITY=org/demo\nHF_HUB_OFFLINE=1\n"
     )
     return {
         "PATH": "/bin", "HOME": "/home/x", "VLLM_MODEL_ID": "org/demo", "VLLM_MODEL_ENV_FILE": str(tmp_path / "model.env"), "VLLM_TENSOR_PARALLEL_SIZE": "1",
@@ -61,11 +62,11 @@ def serve(tmp_path: Path) -> Serve:
     return run
 
 
-def test_it_becomes_vllm_for_the_resolved_model(serve: Serve, environ: dict[str, str]) -> None:
+def test_it_becomes_vllm_for_the_resolved_model(serve: Serve, environ: dict[str, str], tmp_path: Path) -> None:
     with pytest.raises(Executed) as caught:
         serve(environ, "--dtype", "half", "--", "--max-num-seqs", "4")
     argv = caught.value.argv
-    assert argv[1:3] == ["serve", "/models/demo"]
+    assert argv[1:3] == ["serve", f"{tmp_path}/model"]
     expected = {
         "--host": "127.0.0.1",
         "--port": "8123",
@@ -119,6 +120,9 @@ def test_a_wrong_variable_is_2(
         "_VLLM_RESOLVED_MODEL=",
         "_VLLM_RESOLVED_MODEL=$(id)",
         "_VLLM_RESOLVED_MODEL=/m\n_VLLM_MODEL_IDENTITY=org/other",
+        "_VLLM_RESOLVED_MODEL=--trust-remote-code",
+        '_VLLM_RESOLVED_MODEL="a\\nb"',
+        "_VLLM_RESOLVED_MODEL=/nowhere/to/be/found",
         "not a line",
     ],
 )
@@ -200,6 +204,38 @@ def test_the_key_is_not_on_the_command_line_and_not_printed(
     assert not any("sk-secret" in argument for argument in caught.value.argv)
     assert caught.value.env["VLLM_API_KEY"] == "sk-secret"
     assert "sk-secret" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--hf-token", "sk-secret"], ["--hf-token=sk-secret"]])
+def test_a_secret_that_was_typed_is_not_printed(
+    serve: Serve, environ: dict[str, str], argv: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = tmp_path / "engines/vllm-0.32.0-cpu"
+    record.write(engine, record.Record("0.32.0", "cpu", (*FLAGS, "--hf-token")))
+    assert serve(environ, "--dry-run", *argv) == 0
+    said = capsys.readouterr().err
+    assert "--hf-token" in said
+    assert "sk-secret" not in said
+
+
+def test_a_word_that_is_no_flag_is_refused(
+    serve: Serve, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve(environ, "org/demo") == 1
+    assert "'org/demo' is no flag" in capsys.readouterr().err
+
+
+def test_a_served_name_is_never_a_flag(serve: Serve, environ: dict[str, str]) -> None:
+    with pytest.raises(Executed) as caught:
+        serve(environ | {"VLLM_SERVED_MODEL_NAME": "--trust-remote-code"})
+    assert "--served-model-name=--trust-remote-code" in caught.value.argv
+
+
+def test_a_key_that_cannot_be_sent_is_2(
+    serve: Serve, environ: dict[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert serve(environ | {"VLLM_API_KEY": "s3cr3t key"}) == 2
+    assert "s3cr3t" not in capsys.readouterr().err
 
 
 def test_prefix_caching_off_adds_nothing_here(serve: Serve, environ: dict[str, str]) -> None:

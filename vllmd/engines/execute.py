@@ -7,6 +7,7 @@ import shlex
 import sys
 from pathlib import Path
 
+from vllmd.config.redact import redact_argv
 from vllmd.core.plan import Command
 from vllmd.errors import PermissionMissing, UsageError
 
@@ -15,7 +16,7 @@ def execute(command: Command, *, print_cmd: bool, dry_run: bool) -> int:
     """Does not return, save for a dry run (0). `print_cmd` writes the line `CMD: ...` to stderr first, without secrets.
     PermissionMissing where a private file cannot be written, UsageError where the program cannot be executed."""
     if print_cmd or dry_run:
-        sys.stderr.write(f"CMD: {shlex.join(_redacted(command))}\n")
+        sys.stderr.write(f"CMD: {shlex.join(redact_argv(command.argv, command.secrets))}\n")
     if dry_run:
         return 0
     for path, content in command.private_files.items():
@@ -28,15 +29,6 @@ def execute(command: Command, *, print_cmd: bool, dry_run: bool) -> int:
         raise UsageError(
             "engine_not_executable", f"{command.argv[0]}: {error.strerror}", "`vllmctl engine install --reinstall`"
         ) from error
-
-
-def _redacted(command: Command) -> list[str]:
-    def hide(argument: str) -> str:
-        for secret in command.secrets:
-            argument = argument.replace(secret, "<redacted>")
-        return argument
-
-    return [hide(argument) for argument in command.argv]
 
 
 def _write_private(path: Path, content: str) -> None:

@@ -17,6 +17,7 @@ from typing import TypeAlias
 from vllmd.config import envfile, layers
 from vllmd.config.paths import SYSTEM, Paths, user_paths
 from vllmd.config.settings import Config
+from vllmd.config.values import shown
 from vllmd.core.plan import Command
 from vllmd.engines import environment, record, registry, vllm_config_file
 from vllmd.engines.execute import execute
@@ -73,10 +74,10 @@ def main(
         return 0
     try:
         context = _context(environ, paths or _default_paths(environ))
+        keys = vllm_config_file.api_keys(environ.get("VLLM_API_KEY", ""), environ)
     except VllmdError as error:
         return _complain(error, _WRONG_ENVIRONMENT if error.code != "engine_missing" else _FAILED)
     try:
-        keys = vllm_config_file.api_keys(environ.get("VLLM_API_KEY", ""), environ)
         command = _command(context, _resolved(context, environ, env_files), options.extra, keys)
         return execute(command, print_cmd=options.print_cmd, dry_run=options.dry_run)
     except _WrongEnvironment as error:
@@ -188,7 +189,17 @@ def _resolved(context: Context, environ: Mapping[str, str], env_files: EnvFiles 
             "env_file_incomplete", f"{path} does not set _VLLM_RESOLVED_MODEL", "run vllm-resolve-model again"
         )
     _refuse_other_model(path, variables, model.id + (f"@{model.revision}" if model.id and model.revision else ""))
+    _refuse_no_model(path, variables["_VLLM_RESOLVED_MODEL"])
     return variables
+
+
+def _refuse_no_model(path: Path, model: str) -> None:
+    """It becomes an argument: a directory that is there, or a hub's id, and never a flag."""
+    if model.startswith("-") or not model.isprintable():
+        what = f"{path}: _VLLM_RESOLVED_MODEL is neither a directory nor an id: {shown(model)}"
+        raise ConfigError("env_file_invalid", what, "run vllm-resolve-model again")
+    if model.startswith("/") and not Path(model).is_dir():
+        raise ConfigError("env_file_stale", f"{path}: there is no directory {model}", "run vllm-resolve-model again")
 
 
 def _refuse_other_model(path: Path, variables: Mapping[str, str], wanted: str) -> None:

@@ -185,7 +185,7 @@ def tuned(context: Context) -> list[str]:
     for flag in ("--kv-cache-dtype", "--max-model-len", "--max-num-batched-tokens", "--gpu-memory-utilization"):
         value = getattr(tuning, vllm_flags.TUNED[flag])
         if value:
-            argv += vllm_flags.render(flag, value, context.installed)
+            argv += [flag, str(value)]
     if tuning.max_tokens:
         argv += ["--override-generation-config", json.dumps({"max_new_tokens": tuning.max_tokens})]
     return argv

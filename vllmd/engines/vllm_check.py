@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vllmd.config.values import shown
 from vllmd.core.plan import Installed
 from vllmd.engines import environment, vllm_config_file, vllm_flags
 from vllmd.engines.protocol import Context, SettingRefused
@@ -12,6 +14,8 @@ from vllmd.errors import ConfigError
 
 _SUN_PATH_BYTES = 107
 """Longest name of a unix socket."""
+
+_FLAG = re.compile(r"-{0,2}[A-Za-z][\w.-]*", re.ASCII)
 
 _FEATURES = {
     "--shutdown-timeout": "requests in flight are cut off at a stop",
@@ -60,6 +64,9 @@ def socket_path(context: Context) -> str:
 def pass_through(argv: Sequence[str], context: Context) -> list[str]:
     """Checks flags given by hand; returns warnings. What vllmd owns is an error, or with strict_flags false a warning."""
     warnings = []
+    if argv and not argv[0].startswith("-"):
+        reason = f"{shown(argv[0])} is no flag, and the model is chosen already"
+        raise SettingRefused("argument_unknown", "the command line", reason, "remove it; vLLM's flags begin with --")
     for spelling in vllm_flags.flags_of(argv):
         flag = spelling.split("=", 1)[0]
         warnings += _owned("the command line", flag, flag, context)
@@ -72,6 +79,7 @@ def _args(context: Context) -> list[str]:
     warnings = []
     seen: dict[str, str] = {}
     for key in context.config.engine.args:
+        _refuse_malformed(key)
         place, flag = f"engine.args.{key}", vllm_flags.dashed(key)
         warnings += _owned(place, key, flag, context)
         warnings += _tuned_twice(place, key, flag, context)
@@ -84,6 +92,14 @@ def _args(context: Context) -> list[str]:
         seen[name] = key
         vllm_flags.render(key, context.config.engine.args[key], context.installed)
     return warnings
+
+
+def _refuse_malformed(key: str) -> None:
+    """A key with the value in it: it is not shown further than to its name, as it may be a secret."""
+    if not _FLAG.fullmatch(key):
+        name = re.split(r"[=\s]", key.strip(), maxsplit=1)[0]
+        reason = f"has a key that is more than the name of a flag, beginning with {shown(name)}"
+        raise SettingRefused("flag_malformed", "engine.args", reason, "write each flag as NAME: VALUE")
 
 
 def _config_file(context: Context) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from vllmd.core.plan import Installed
 from vllmd.engines import vllm_flags
+from vllmd.engines.protocol import SettingRefused
 from vllmd.errors import ConfigError, PermissionMissing
 
 PRIVATE_NAME = "engine-config.yaml"
@@ -19,6 +20,7 @@ PRIVATE_NAME = "engine-config.yaml"
 
 _CREDENTIAL = "api-key"
 _KEY_LIMIT_BYTES = 4096
+_UNFIT = "has a space or a character that is not printable ASCII, or begins with a dash"
 
 
 def read(path: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
@@ -28,9 +30,10 @@ def read(path: str) -> tuple[Mapping[str, Any], Mapping[str, str]]:
     try:
         document = yamlfile.load(Path(path))
     except FileNotFoundError:
-        raise ConfigError(
+        raise SettingRefused(
             "engine_config_missing",
-            f"engine.config_file: there is no {path}",
+            "engine.config_file",
+            f"there is no {path}",
             "correct engine.config_file (VLLM_CONFIG_FILE) or remove it",
         ) from None
     return document.values, {key: f"{path}:{document.line(key)}" for key in document.values}
@@ -58,15 +61,16 @@ def _plain(value: Any) -> Any:
 def api_keys(setting: str, environ: Mapping[str, str]) -> tuple[str, ...]:
     """Keys that clients may use; the first is the one to probe with. ConfigError, which never shows a key, on one that
     no HTTP header can carry or that vLLM's command line would take for a flag."""
-    keys = tuple(dict.fromkeys(key for key in (_credential(environ), setting) if key))
-    for key in keys:
-        if not key.isascii() or not key.isprintable() or " " in key or key.startswith("-"):
-            raise ConfigError(
-                "bad_api_key",
-                "the API key has a space or a character that is not printable ASCII, or begins with a dash",
-                "make another key",
-            )
-    return keys
+    credential = _credential(environ)
+    if _is_unfit(credential):
+        raise ConfigError("bad_api_key", f"the credential {_CREDENTIAL} {_UNFIT}", "make another key")
+    if _is_unfit(setting):
+        raise SettingRefused("bad_api_key", "serve.api_key", _UNFIT, "make another key")
+    return tuple(dict.fromkeys(key for key in (credential, setting) if key))
+
+
+def _is_unfit(key: str) -> bool:
+    return not key.isascii() or not key.isprintable() or " " in key or key.startswith("-")
 
 
 def _credential(environ: Mapping[str, str]) -> str:
