@@ -17,14 +17,25 @@ from types import FrameType
 
 from bench import idle, killing, port_check, processes, ready, real, spawning
 from bench.place import BenchError
-from bench.table import Figure, render
+from bench.table import Figure, compared, render
+
+TOOLS = ("walk ", "ss ", "lsof ")
 
 
 def _port_check() -> list[Figure]:
-    """Its rows are medians already."""
+    """Its rows are medians already; those of other tools stand beside the row that has a bar."""
+    rows = port_check.run()
+    tools = "; ".join(compared(row.what, [row.milliseconds] if row.milliseconds else [], "ms") for row in rows if row.what.startswith(TOOLS))
     return [
-        Figure(row.what, [] if row.milliseconds is None else [row.milliseconds], "ms", row.bar_ms or None, missing="not installed")
-        for row in port_check.run()
+        Figure(
+            row.what,
+            [] if row.milliseconds is None else [row.milliseconds],
+            "ms",
+            row.bar_ms or None,
+            against=f"median of {port_check.ROUNDS}" + (f"; {tools}" if row.what.startswith("port held: ") else ""),
+        )
+        for row in rows
+        if not row.what.startswith(TOOLS)
     ]
 
 

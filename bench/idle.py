@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import http.client
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -53,7 +51,7 @@ def run() -> list[Figure]:
         others = {"supervisord": stack.enter_context(_supervisord(places[0])), "a Python with asyncio alone": stack.enter_context(_python())}
         quiet, scraped = (Cost(place.pid) for place in places)
         rest = {name: Cost(pid) for name, pid in others.items() if pid}
-        _window([quiet, scraped, *rest.values()], places[1].control)
+        _window([quiet, scraped, *rest.values()], places[1])
         for place in places:
             place.stop()
     memory = "; ".join(f"{name}: {cost.memory_mib:.1f} MiB" for name, cost in rest.items())
@@ -66,34 +64,17 @@ def run() -> list[Figure]:
     ]
 
 
-def _window(costs: list[Cost], control: Path) -> None:
+def _window(costs: list[Cost], scraped: Place) -> None:
     time.sleep(SETTLE_S)
     began = time.monotonic()
     for cost in costs:
         cost.begin()
     for turn in range(round(WINDOW_S / SCRAPE_S)):
-        _scrape(control)
+        scraped.metrics()
         time.sleep(max(0.0, began + (turn + 1) * SCRAPE_S - time.monotonic()))
     seconds = time.monotonic() - began
     for cost in costs:
         cost.end(seconds)
-
-
-class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: Path) -> None:
-        super().__init__("localhost", timeout=10)
-        self._path = path
-
-    def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(str(self._path))
-
-
-def _scrape(control: Path) -> None:
-    with contextlib.closing(_UnixConnection(control)) as connection:
-        connection.request("GET", "/metrics")
-        assert connection.getresponse().read()
 
 
 @contextlib.contextmanager

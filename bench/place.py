@@ -128,10 +128,6 @@ class Place:
     def engine(self) -> Path:
         return self.root / "engines" / record.CURRENT / "bin/vllm"
 
-    @property
-    def control(self) -> Path:
-        return self.root / f"run/i/{NAME}/control.sock"
-
     def launch(self) -> dict[str, Any]:
         return dict(json.loads((self.root / f"lib/instances/{NAME}/launch.json").read_text()))
 
@@ -139,6 +135,14 @@ class Place:
         with contextlib.suppress(OSError):
             return (self.root / "log").read_text(errors="replace")
         return ""
+
+    def metrics(self) -> str:
+        """GET /metrics of the running daemon."""
+        with socket.socket(socket.AF_UNIX) as link:
+            link.settimeout(10)
+            link.connect(str(self.root / f"run/i/{NAME}/control.sock"))
+            link.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+            return b"".join(iter(lambda: link.recv(65536), b"")).decode().partition("\r\n\r\n")[2]
 
     # The daemon.
 

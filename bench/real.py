@@ -6,6 +6,7 @@ import contextlib
 import http.client
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -36,10 +37,13 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Supervised:
-    """Seconds of one start by vllmd. `total_s`: to the first token that we got after READY=1."""
+    """Seconds of one start by vllmd. `total_s`: to the first token that we got after READY=1; `proof_s`: from 200 on
+    /health to READY=1, the engine's work on a token included; `cpu_s`: the supervisor's own until then."""
 
     total_s: float
     before_spawn_s: float
+    proof_s: float
+    cpu_s: float
     killed: killing.Killed
 
 
@@ -71,6 +75,8 @@ def _figures(bare: list[float], supervised: list[Supervised], left: list[int]) -
         Figure("real vLLM: time of a start outside the engine (paired)", outside, bar=BAR_S, against=f"the pairs: {pairs}"),
         Figure("  the whole start by vllmd, to one token after READY=1", totals, against=compared("bare `vllm serve`, to one token", bare)),
         Figure("  of it before the engine's process", [each.before_spawn_s for each in supervised], against="exec of `vllmd run` to fork"),
+        Figure("  of it from 200 on /health to READY=1", [each.proof_s for each in supervised], against="the engine's work on the first token included"),
+        Figure("  the supervisor's own CPU time until then", [each.cpu_s for each in supervised]),
         Figure("real vLLM: SIGKILL of its main process to nothing left", [each.killed.empty_s for each in supervised], bar=killing.EMPTY_BAR_S, against=orphans),
         Figure("  to the supervisor's exit", [each.killed.exit_s for each in supervised], bar=killing.EXIT_BAR_S),
     ]
@@ -108,8 +114,15 @@ def _supervised(place: Place) -> Supervised:
     if not _one_token(place.port):
         raise BenchError("READY=1, and no token")
     total = time.monotonic() - began
+    cpu = processes.cpu_ns(place.pid) / 1e9
     before = int(place.launch()["start_time"]) / TICKS - boot_clock
-    return Supervised(total, before, killing.kill(place))
+    return Supervised(total, before, _phase(place.metrics(), "proof"), cpu, killing.kill(place))
+
+
+def _phase(metrics: str, name: str) -> float:
+    """Seconds, as the daemon itself counts them."""
+    found = re.search(rf'^vllmd_start_phase_seconds{{phase="{name}"}} (\S+)$', metrics, re.MULTILINE)
+    return float(found[1]) if found else 0.0
 
 
 def _bare(place: Place, recipe: Recipe) -> tuple[float, int]:
