@@ -30,7 +30,9 @@ die() {
     exit "${3:-1}"
 }
 
-has() { command -v "$1" >/dev/null 2>&1; }
+checkout=$(cd "$(dirname "$0")/.." && pwd)
+# shellcheck source=tools/packages.sh
+. "$checkout/tools/packages.sh"
 
 systemd_runs() { [ -d /run/systemd/system ]; }
 
@@ -47,15 +49,24 @@ refuse_beside_package() {
     fi
 }
 
-need_python() {
-    "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
-        die "$PYTHON is missing or older than Python 3.11" "install it, or name another one: PYTHON=/path make install"
-    if ! "$PYTHON" -c 'import ensurepip, venv' 2>/dev/null; then
-        has apt-get || die "$PYTHON cannot make virtual environments (no module ensurepip)" "install your distribution's package of it"
-        say "installing python3-venv: the program gets a virtual environment of its own"
-        apt-get install -y --no-install-recommends python3-venv
-    fi
+# install_or_die WHY PACKAGE...
+install_or_die() {
+    why=$1
+    shift
+    say "installing $*: $why"
+    may_install && install_packages "$@" && return
+    die "$why, and it could not be installed" "$(how_to_install "$@")"
 }
+
+need_python() {
+    if [ "$PYTHON" = python3 ] && ! python_fits python3 && { ! has python3 || python_is_new_enough; }; then
+        install_or_die "the program gets a virtual environment of its own" python3 python3-venv
+    fi
+    python_is_new_enough || die "$PYTHON is missing or older than Python 3.11" "install it, or name another one: PYTHON=/path make install"
+    python_fits "$PYTHON" || die "$PYTHON cannot make virtual environments (no module ensurepip)" "install your distribution's package of it"
+}
+
+python_is_new_enough() { "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 # A copy, so that the build leaves nothing of root's in the checkout, and so that any user can read it.
 copy_source() {
@@ -147,9 +158,16 @@ YAML
 
 install_engine() {
     if [ -n "${VLLMD_ENGINE_EXECUTABLE:-}" ] || [ "${VLLMD_INSTALL_ENGINE:-yes}" = no ]; then return 0; fi
-    if [ -e "$ENGINES/current" ]; then return 0; fi
+    if engine_is_cpu_build "$ENGINES" && numa_is_missing; then install_or_die "vLLM's CPU build needs libnuma" libnuma1; fi
+    reinstall=
+    if [ -e "$ENGINES/current" ]; then
+        if engine_works "$ENGINES" || [ ! -e "$ENGINES/current/vllmd-engine.json" ]; then return 0; fi
+        say "the engine in $ENGINES does not find itself (is its Python another one now?): it is made again"
+        reinstall=--reinstall
+    fi
     say "installing the engine (several gigabytes; VLLMD_INSTALL_ENGINE=no leaves it out)"
-    "$BIN/vllmctl" engine install
+    # shellcheck disable=SC2086 # one flag or none
+    "$BIN/vllmctl" engine install $reinstall
 }
 
 # As the service's user: root writes nothing into a directory that others could have prepared.
@@ -170,9 +188,8 @@ finish() {
 install_all() {
     need_root install
     refuse_beside_package
-    has systemd-sysusers && has systemd-tmpfiles || die "systemd is not installed" "vllmd runs as a systemd unit; in a container: make run"
+    { has systemd-sysusers && has systemd-tmpfiles; } || die "systemd is not installed" "vllmd runs as a systemd unit; in a container: make run"
     need_python
-    checkout=$(cd "$(dirname "$0")/.." && pwd)
     copy_source
     install_program
     install_units

@@ -14,24 +14,12 @@ umask 022
 say() { printf '%s\n' "setup: $*" >&2; }
 die() { printf '%s\n' "setup: $*" >&2; exit 1; }
 
-# packages WHY PACKAGE...: only root installs; anyone else is told the one command.
-packages() {
-    why=$1
-    shift
-    if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-        say "$why. Run: sudo apt-get install -y --no-install-recommends $*"
-        return 1
-    fi
-    say "$why: installing $*"
-    DEBIAN_FRONTEND=noninteractive apt-get -qq update >&2 || say "apt-get update failed; trying with the lists that are here"
-    DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends "$@" >&2
-}
-
-fits() { "$1" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+# shellcheck source=tools/packages.sh
+. tools/packages.sh
 
 find_python() {
     for python in ${PYTHON:-} python3 /usr/bin/python3 python3.13 python3.12 python3.11; do
-        if fits "$python"; then
+        if python_fits "$python"; then
             command -v "$python"
             return 0
         fi
@@ -39,8 +27,58 @@ find_python() {
     return 1
 }
 
+# All that the given steps need of the system, at once: root installs it, anyone else is told the one command.
+system_packages() {
+    needed=
+    wanted=
+    for step in "$@"; do
+        case $step in
+        venv) venv_works || find_python >/dev/null || needed="$needed $(python_packages)" ;;
+        engine) if engine_is_cpu_build "$ENGINES" && numa_is_missing; then needed="$needed libnuma1"; fi ;;
+        test) wanted="$wanted $(test_packages)" ;;
+        esac
+    done
+    # shellcheck disable=SC2086 # lists of packages, here and below
+    set -- $needed $wanted
+    [ $# -gt 0 ] || return 0
+    if may_install; then
+        say "installing $* (missing here)"
+        install_packages "$@" && return
+        say "apt-get failed, see above"
+    fi
+    [ -z "$needed" ] || die "missing here:$needed. Run: $(how_to_install "$@")"
+    say "going on without$wanted: the system tests are skipped"
+}
+
+python_packages() {
+    if has python3 && ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+        die "$(python3 -V) is too old: 3.11 or newer is needed (PYTHON=/path/to/python3.11 make setup)"
+    fi
+    echo python3 python3-venv
+}
+
+# The system tests boot a real systemd in a container; nobody but root can.
+test_packages() {
+    [ "$(id -u)" -eq 0 ] || return 0
+    has debootstrap || echo debootstrap
+    has systemd-nspawn || echo systemd-container
+    has zstd || echo zstd
+}
+
+venv_works() { .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("pip") is None)' 2>/dev/null; }
+
 venv_stamp() { # of whatever makes the environment another one
     { cat pyproject.toml; pwd; .venv/bin/python -c 'import sys; print(sys.version, sys.base_prefix)'; } 2>/dev/null | sha256sum | cut -d' ' -f1
+}
+
+# The Python that it was made with may be another one now, or its making was interrupted. Of another tool's it is not ours.
+remove_broken_venv() {
+    [ -e .venv ] || [ -L .venv ] || return 0
+    if grep -qs '^uv' .venv/pyvenv.cfg; then
+        die ".venv was made by uv and has no pip: uv pip install pip, or remove it"
+    fi
+    say "removing .venv: its Python is another one now, or its making was interrupted"
+    rm -rf .venv
 }
 
 venv() {
@@ -48,15 +86,9 @@ venv() {
     if [ -x .venv/bin/vllmd ] && [ "$(cat $stamp 2>/dev/null)" = "$(venv_stamp)" ]; then
         return
     fi
-    if [ ! -x .venv/bin/python ]; then
-        if ! python=$(find_python); then
-            if command -v python3 >/dev/null && ! python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
-                die "$(python3 -V) is too old: 3.11 or newer is needed (PYTHON=/path/to/python3.11 make setup)"
-            fi
-            packages "Python 3.11 or newer with venv is missing" python3 python3-venv ||
-                exit 1
-            python=$(find_python) || die "there is no Python 3.11 or newer with the venv module: PYTHON=/path make setup"
-        fi
+    if ! venv_works; then
+        remove_broken_venv
+        python=$(find_python) || die "there is no Python 3.11 or newer with the venv module: PYTHON=/path make setup"
         say "making .venv with $python ($("$python" -V)): the project runs in an environment of its own"
         "$python" -m venv .venv
     fi
@@ -71,16 +103,16 @@ engine() {
         [ -d .local/engines ] && [ ! -L .local/engines ] && die ".local/engines is a directory; move its engines to $ENGINES and remove it"
         ln -sfn "$ENGINES" .local/engines
     fi
-    [ -e "$ENGINES/current/vllmd-engine.json" ] && return
-    if ! ldconfig -p 2>/dev/null | grep -q libnuma.so.1 && ! ls /usr/lib/*/libnuma.so.1 >/dev/null 2>&1; then
-        packages "vLLM's CPU build needs libnuma" libnuma1 || say "going on without it"
+    engine_works "$ENGINES" && return
+    reinstall=
+    if [ -e "$ENGINES/current/vllmd-engine.json" ]; then
+        say "the engine in $ENGINES does not find itself (is its Python another one now?): it is made again"
+        reinstall=--reinstall
     fi
     say "installing the real vLLM into $ENGINES (several GB, once; outside of the tree, so that every clone shares it)"
     # shellcheck disable=SC2086 # several flags in one variable, on purpose
-    .venv/bin/vllmctl --root .local engine install $ENGINE_FLAGS
+    .venv/bin/vllmctl --root .local engine install $reinstall $ENGINE_FLAGS
 }
-
-cpu_build() { grep -q '"variant": "cpu"' "$ENGINES/current/vllmd-engine.json"; }
 
 demo() {
     model=$MODEL
@@ -112,7 +144,7 @@ demo_config() {
     echo "# Written by \`make run\` (MODEL= and PORT= change it); your own instances are files beside this one."
     echo "model: {path: $(yaml_string "$1")}"
     echo "serve: {port: $PORT, served_model_name: demo}"
-    if cpu_build; then
+    if engine_is_cpu_build "$ENGINES"; then
         echo "# Without a GPU: bf16 ends with SIGILL on some virtual machines, and compiling takes a minute."
         echo "gpus: none"
         echo "engine:"
@@ -121,22 +153,11 @@ demo_config() {
     fi
 }
 
-# The system tests boot a real systemd in a container; without these they are skipped by name.
-test_tools() {
-    missing=
-    command -v debootstrap >/dev/null || missing="$missing debootstrap"
-    command -v systemd-nspawn >/dev/null || missing="$missing systemd-container"
-    command -v zstd >/dev/null || missing="$missing zstd"
-    [ -z "$missing" ] && return
-    # shellcheck disable=SC2086 # a list of packages
-    packages "the system tests need tools" $missing || say "going on: the tests that need them are skipped"
-}
-
 [ $# -gt 0 ] || die "usage: tools/setup.sh [venv] [engine] [demo] [test]"
 for step in "$@"; do
-    case $step in
-    venv | engine | demo) $step ;;
-    test) test_tools ;;
-    *) die "no such step: $step" ;;
-    esac
+    case $step in venv | engine | demo | test) ;; *) die "no such step: $step" ;; esac
+done
+system_packages "$@"
+for step in "$@"; do
+    [ "$step" = test ] || $step
 done
