@@ -63,6 +63,10 @@ def test_a_known_secret_never_survives(secret: str, before: str, after: str) -> 
     assert json.dumps(secret)[1:-1] not in redact.redact_text(json.dumps({"k": secret}), [secret]).replace("<redacted>", "\0")
 
 
+def test_a_secret_that_is_no_utf8_is_hidden() -> None:
+    assert redact.redact_text("a abcd\udcff b", ["abcd\udcff"]) == "a <redacted> b"
+
+
 @pytest.mark.parametrize("unit", ["a", "-", "--", "a-", "token", "api_key", "https://", "a:", "'", "x-", "bearer "])
 def test_a_hostile_line_costs_milliseconds(unit: str) -> None:
     line = unit * (16384 // len(unit))

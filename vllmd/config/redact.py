@@ -47,7 +47,9 @@ _IN_TEXT = tuple(
 
 def _forms(secret: str) -> set[str]:
     """The spellings in which a value turns up: as it is, in JSON, in a URL."""
-    return {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], quote(secret), quote(secret, safe="")}
+    # What an environment holds need not be UTF-8: Python then gives it as surrogates, which `quote` refuses by default.
+    in_url = {quote(secret, safe, errors="surrogatepass") for safe in ("/", "")}
+    return {secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1], *in_url}
 
 
 def _known(secrets: Iterable[str]) -> re.Pattern[str] | None:

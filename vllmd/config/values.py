@@ -76,6 +76,10 @@ def string_of(value: object) -> str:
         raise ValueError(f"is longer than {MAX_TEXT} characters")
     if "\0" in value:
         raise ValueError("contains a NUL character")
+    try:
+        value.encode("utf-8", "surrogateescape")  # what an environment and a command line can hold
+    except UnicodeEncodeError:
+        raise ValueError("contains half of a surrogate pair, which is no character") from None
     return value
 
 
