@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import os
+import pwd
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
 from vllmd.config import layers
 from vllmd.config import parsers as p
 from vllmd.config.layers import Loaded
-from vllmd.config.paths import Paths, root_paths
+from vllmd.config.paths import Paths, root_paths, user_paths
 from vllmd.config.rows import Row, table
 from vllmd.config.settings import setting
-from vllmd.errors import ConfigError, UsageError, VllmdError
+from vllmd.errors import ConfigError, PermissionMissing, UsageError, VllmdError
 
 pytestmark = pytest.mark.unit
 
@@ -212,6 +213,16 @@ def test_a_mistake_is_named_with_file_line_and_key(host: Host, text: str, what: 
     assert error.status == 78
 
 
+def test_an_engine_that_is_unknown_is_named_with_file_and_line(host: Host) -> None:
+    def tuning_for(name: str) -> type[Any]:
+        raise ConfigError("engine_unknown", f"engine.name: there is no engine {name!r}", "did you mean vllm?")
+
+    path = host.write("a.yaml", "\nengine: {name: vlm}\n")
+    with pytest.raises(ConfigError) as caught:
+        layers.load(host.paths, "a", {}, {}, tuning_for)
+    assert caught.value.what == f"{path}:2: engine.name: there is no engine 'vlm'"
+
+
 def test_a_mistake_in_the_environment_or_on_the_command_line_is_named(host: Host) -> None:
     error = host.failure("", {"VLLM_DRY_RUN": "true"})
     assert error.what == "VLLM_DRY_RUN (environment): preflight.dry_run: must be 0 or 1, not 'true'"
@@ -334,6 +345,36 @@ def test_drop_ins_are_plain_yaml_files_in_order_of_name(host: Host) -> None:
     loaded = host.load()
     assert loaded.config.serve.port == 2
     assert [path.name for path in loaded.files] == ["a.yaml", "10-a.yaml", "20-b.yaml"]
+    assert loaded.warnings == (f"{host.paths.config}/a.d/50.yml: not read, a drop-in's name ends in .yaml",)
+
+
+@pytest.mark.parametrize("kind", ["file", "loop", "dangling"])
+def test_drop_ins_that_cannot_be_read_are_no_silence(host: Host, kind: str) -> None:
+    host.write("a.yaml", "")
+    directory = host.paths.config / "a.d"
+    if kind == "file":
+        directory.touch()
+    elif kind == "loop":
+        directory.symlink_to(directory)
+    else:
+        directory.mkdir()
+        (directory / "10-a.yaml").symlink_to("/nowhere/to/be/found")
+    with pytest.raises(ConfigError, match=r"/a\.d(/10-a\.yaml)?(:| is a link)") as caught:
+        host.load()
+    assert caught.value.hint
+
+
+def test_a_name_that_ends_in_yml_is_recognised(host: Host) -> None:
+    host.write("a.yml", "")
+    with pytest.raises(ConfigError) as caught:
+        host.load()
+    assert caught.value.hint == f"mv {host.paths.config}/a.yml {host.paths.config}/a.yaml"
+
+
+def test_a_link_that_leads_nowhere_is_told_from_no_file(host: Host) -> None:
+    (host.paths.config / "a.yaml").symlink_to("/nowhere/to/be/found")
+    with pytest.raises(ConfigError, match="is a link that leads nowhere"):
+        host.load()
 
 
 def test_an_absent_instance_says_how_to_make_it_and_what_was_meant(host: Host) -> None:
@@ -366,6 +407,22 @@ def test_instances_are_listed(host: Host) -> None:
     for name in ("b.yaml", "a.yaml", "vllmd.yaml", "presets.yaml", "X.yaml", "c.txt"):
         host.write(name, "")
     assert layers.instance_names(host.paths) == ["a", "b"]
+
+
+def test_a_directory_that_may_not_be_read_is_not_an_empty_one(host: Host, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> NoReturn:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refused)
+    with pytest.raises(PermissionMissing, match="Permission denied"):
+        layers.instance_names(host.paths)
+
+
+@pytest.mark.parametrize(("environ", "home"), [({"HOME": "/h"}, "/h"), ({"HOME": ""}, None), ({}, None), ({"HOME": "h"}, None)])
+def test_directories_of_a_user_are_absolute_whatever_the_environment(environ: dict[str, str], home: str | None) -> None:
+    home = home or pwd.getpwuid(os.geteuid()).pw_dir
+    paths = user_paths({**environ, "XDG_CONFIG_HOME": "relative", "XDG_STATE_HOME": "/s"})
+    assert (paths.config, paths.state) == (Path(home, ".config/vllmd"), Path("/s/vllmd"))
 
 
 def test_a_fifo_in_place_of_a_file_does_not_block(host: Host) -> None:

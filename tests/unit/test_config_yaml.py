@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import os
+import pickle
 from pathlib import Path
 
 import pytest
@@ -10,7 +13,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllmd.config import yamlfile
+from vllmd.config import parsers, yamlfile
 from vllmd.errors import ConfigError, PermissionMissing
 
 pytestmark = pytest.mark.unit
@@ -44,6 +47,9 @@ BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(f"a{i}: &a{i} [{','.join([f'*
         ("? [a]\n: b", "f:1: a key must be plain text"),
         ("? {a: 1}\n: b", "f:1: a key must be plain text"),
         ("a: 1\n---\nb: 2", "f:2: a second document"),
+        ('a: 1\n"b\\n": 2', "f:2: the key 'b\\n' holds a line break"),
+        ('"\\e[31m": 2', "f:1: the key"),
+        ('"\\u202eb": 2', "f:1: the key"),
         ("- a", "f:1: must hold keys and values, not a list"),
         ("hello", "f:1: must hold keys and values, not plain text"),
         ("a: b: c", "f:1: is not YAML"),
@@ -66,6 +72,15 @@ def test_only_decimal_numbers_are_numbers() -> None:
     text = "a: [1, -2, 1_000, 0700, 0x10, 22:30, 2026-01-01, 1e3, 1.5, .5, .inf, 99999999999999999999999]"
     expected = [1, -2, "1_000", "0700", "0x10", "22:30", "2026-01-01", "1e3", 1.5, ".5", ".inf", "99999999999999999999999"]
     assert yamlfile.parse(text, "f").values == {"a": expected}
+
+
+@pytest.mark.usefixtures("_loader")
+def test_a_number_that_becomes_text_again_is_as_it_was_written() -> None:
+    value = yamlfile.parse("a: 1.10", "f").values["a"]
+    assert value == 1.1
+    assert [str(copied) for copied in (value, copy.deepcopy(value), pickle.loads(pickle.dumps(value)))] == ["1.10"] * 3
+    assert json.dumps({"a": value}) == '{"a": 1.1}'
+    assert parsers.env_mapping({"A": value}) == {"A": "1.10"}
 
 
 @pytest.mark.usefixtures("_loader")

@@ -57,29 +57,40 @@ def check_instance_name(name: str) -> str:
 
 
 def instance_names(paths: Paths) -> list[str]:
-    """The instances that have a file, in order of name."""
-    try:
-        found = [path.stem for path in paths.config.iterdir() if path.suffix == ".yaml"]
-    except OSError:
-        return []
+    """The instances that have a file, in order of name. PermissionMissing where this user may not look."""
+    found = [path.stem for path in _listed(paths.config) if path.suffix == ".yaml"]
     return sorted(name for name in found if _INSTANCE.fullmatch(name) and name not in RESERVED_NAMES and not name.endswith(".d"))
 
 
-def _drop_ins(paths: Paths, instance: str) -> list[Path]:
-    directory = paths.config / f"{instance}.d"
+def _listed(directory: Path) -> list[Path]:
+    """What is in a directory of configuration; nothing where there is none."""
     try:
-        found = [path for path in directory.iterdir() if path.suffix == ".yaml" and not path.name.startswith(".")]
-    except (FileNotFoundError, NotADirectoryError):
+        return sorted(directory.iterdir())
+    except FileNotFoundError:
         return []
     except PermissionError as error:
         raise PermissionMissing("config_unreadable", f"{directory}: {error.strerror}", f"let the service read it: chgrp vllmd {directory}") from None
-    return sorted(found, key=lambda path: path.name)
+    except OSError as error:
+        raise ConfigError("config_unreadable", f"{directory}: {error.strerror}", "put a directory of YAML files there, or remove it") from None
+
+
+def _drop_ins(paths: Paths, instance: str) -> list[Path]:
+    found = _listed(paths.config / f"{instance}.d")
+    return [path for path in found if path.suffix == ".yaml" and not path.name.startswith(".")]
+
+
+def _overlooked(paths: Paths, instance: str) -> list[str]:
+    """Warnings on files that were meant to be read."""
+    found = [path for path in _listed(paths.config / f"{instance}.d") if path.suffix == ".yml"]
+    return [f"{path}: not read, a drop-in's name ends in .yaml" for path in found]
 
 
 def _absent(paths: Paths, instance: str) -> ConfigError:
     import difflib  # needed for errors only
 
     path = paths.instance_config(instance)
+    if path.with_suffix(".yml").exists():
+        return ConfigError("no_instance", f"{path} does not exist", f"mv {path.with_suffix('.yml')} {path}")
     near = difflib.get_close_matches(instance, instance_names(paths), n=1)
     meant = f"did you mean the instance {near[0]}? else " if near else ""
     return ConfigError("no_instance", f"{path} does not exist", f"{meant}create it, e.g. with the line: model: Qwen/Qwen3-0.6B")
@@ -95,7 +106,9 @@ def read_documents(paths: Paths, instance: str | None, *, require_file: bool) ->
     for path in files:
         try:
             documents.append(yamlfile.load(path))
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise ConfigError("config_unreadable", f"{path} is a link that leads nowhere", "correct the link, or remove it") from None
             if require_file and instance is not None and path == paths.instance_config(instance):
                 raise _absent(paths, instance) from None
     return documents
@@ -116,11 +129,16 @@ class _Layers:
             sources.from_command_line(self.overrides, rows, partial=partial),
         ]
 
-    def engine(self) -> str:
-        """The engine's name, before its own rows are known."""
+    def tuning(self, tuning_for: Callable[[str], type[Any]]) -> type[Any]:
+        """The rows of the engine that the layers name, as `tuning_for` gives them; its ConfigError with the place."""
         row = table(None)["engine.name"]
         found = [given for layer in self.given({row.key: row}, partial=True) for given in layer]
-        return str(found[-1].value if found else row.default)
+        if not found:
+            return tuning_for(str(row.default))
+        try:
+            return tuning_for(found[-1].value)
+        except ConfigError as error:
+            raise ConfigError(error.code, f"{found[-1].origin}: {error.what}", error.hint) from error
 
 
 def _names_of_id(layer: dict[str, Given], rows: Mapping[str, Row]) -> dict[str, Given]:
@@ -200,12 +218,13 @@ def load(
     """
     documents = read_documents(paths, instance, require_file=require_file) if read_files else []
     layers = _Layers(documents, environ, overrides)
-    tuning = tuning_for(layers.engine())
+    tuning = layers.tuning(tuning_for)
     rows = table(tuning)
     given = layers.given(rows)
     state = _stack(given, rows)
     warnings = [warning for layer in given for item in layer for warning in item.warnings]
     warnings += [*sources.misspelt(environ, rows), *_modes(documents, state)]
+    warnings += _overlooked(paths, instance) if read_files and instance else []
     return Loaded(
         config=_config(state, rows, tuning),
         origins=MappingProxyType(_origins(state, rows)),

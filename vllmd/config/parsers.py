@@ -191,6 +191,21 @@ def number(low: float | None = None, above: float | None = None, high: float | N
     return Parser(parse, f"number {_bounds(low, above, high)}".strip(), _number_schema("number", low, above, high))
 
 
+MAX_SECONDS = 365 * 86400
+
+
+def seconds(low: float | None = None, above: float | None = None) -> Parser:
+    """A duration. Beyond a year it would be no deadline, and the kernel's clocks and systemd's overflow at some point."""
+    plain = number(low, above)
+
+    def parse(value: object) -> float:
+        found: float = plain(value)
+        _within(found, None, None, MAX_SECONDS)
+        return found
+
+    return Parser(parse, plain.form, {**plain.schema, "maximum": MAX_SECONDS})
+
+
 def integer(low: int | None = None, high: int | None = None) -> Parser:
     def parse(value: object) -> int:
         if isinstance(value, str) and "://" in value:
@@ -315,7 +330,7 @@ def gib_to_mib(value: str) -> str:
     return str(round(_to_number(value) * 1024))
 
 
-_GPU = re.compile(r"[0-9]{1,4}|(GPU|MIG)-[0-9A-Za-z][0-9A-Za-z/-]{0,99}", re.ASCII)
+_GPU = re.compile(r"0|[1-9][0-9]{0,3}|(GPU|MIG)-[0-9A-Za-z][0-9A-Za-z/-]{0,99}", re.ASCII)
 
 
 def _gpu_list(items: list[Any]) -> tuple[str, ...]:

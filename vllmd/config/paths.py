@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import pwd
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,11 +59,23 @@ SYSTEM = Paths(
 )
 
 
+def _home(environ: Mapping[str, str]) -> Path:
+    """$HOME, else what the user database says; cron and `env -i` leave it unset."""
+    given = environ.get("HOME", "")
+    if given.startswith("/"):
+        return Path(given)
+    try:
+        return Path(pwd.getpwuid(os.geteuid()).pw_dir)
+    except KeyError:
+        return Path("/")
+
+
 def user_paths(environ: dict[str, str] | os._Environ[str] = os.environ) -> Paths:
-    home = Path(environ.get("HOME", "/"))
+    home = _home(environ)
 
     def xdg(variable: str, default: Path) -> Path:
-        return Path(environ.get(variable) or default) / "vllmd"
+        given = environ.get(variable, "")
+        return (Path(given) if given.startswith("/") else default) / "vllmd"  # the standard: a relative one is ignored
 
     state = xdg("XDG_STATE_HOME", home / ".local/state")
     return Paths(

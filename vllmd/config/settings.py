@@ -67,7 +67,7 @@ class Model:
     env_file_trusted: bool = setting(
         False, p.boolean, "VLLM_ENV_FILE_TRUSTED", "Let a shell read the env file (it must belong to root or the caller, and be writable by nobody else)."
     )
-    lock_timeout_s: float = setting(300.0, p.number(low=0), "VLLM_RESOLVE_LOCK_TIMEOUT", "How long to wait for another resolution of the same model.", unit="s")
+    lock_timeout_s: float = setting(300.0, p.seconds(low=0), "VLLM_RESOLVE_LOCK_TIMEOUT", "How long to wait for another resolution of the same model.", unit="s")
     skip_tokenizer_check: bool = setting(False, p.boolean, "VLLM_SKIP_TOKENIZER_CHECK", "Accept a model without tokenizer files.")
     skip_integrity_check: bool = setting(False, p.boolean, "VLLM_SKIP_INTEGRITY_CHECK", "Skip the integrity checks of weights (headers, sizes, sums).")
     cache_integrity_hash: bool = setting(False, p.boolean, "VLLM_CACHE_INTEGRITY_HASH", "Remember sums that were checked, by modification time and size.")
@@ -128,15 +128,15 @@ class Preflight:
     max_gpu_util_pct: float = setting(95.0, p.number(low=0, high=100), "VLLM_MAX_GPU_UTIL_PCT", "Highest utilization of a GPU at start.", unit="%")
     skip_gpu_check: bool = setting(False, p.boolean01, "VLLM_SKIP_GPU_CHECK", "Skip the GPU check.")
     require_torch: bool = setting(False, p.boolean01, "VLLM_REQUIRE_TORCH", "Require that the engine's Python imports torch and sees CUDA.")
-    gpu_timeout_s: float = setting(45.0, p.number(low=1), "VLLMD_GPU_TIMEOUT_S", "Deadline of the GPU check; a wedged driver can block for ever.", unit="s")
+    gpu_timeout_s: float = setting(45.0, p.seconds(low=1), "VLLMD_GPU_TIMEOUT_S", "Deadline of the GPU check; a wedged driver can block for ever.", unit="s")
     allow_kill_other_uid: bool = setting(
         False, p.boolean01, "VLLM_ALLOW_KILL_OTHER_UID", "Let vllm-preflight stop another user's vLLM.", aliases={"VLLM_ALLOW_OTHER_UID_KILL": _same}
     )
     reclaim: str = setting("own", p.choice("own", "stray"), "VLLMD_RECLAIM", "Whom `vllmd run` may end: leftovers of its own instance, or also strays of its user in no unit.")
     lock_file: str = setting("", p.absolute_path, "VLLM_PREFLIGHT_LOCKFILE", "Lock file of the port; empty: preflight.PORT.lock in the runtime directory.")
-    term_grace_s: float = setting(3.0, p.number(low=0), "VLLM_TERM_GRACE", "Time between SIGTERM and SIGKILL of what holds the port.", unit="s", aliases={"VLLM_STOP_TIMEOUT": _same})
-    port_free_timeout_s: float = setting(10.0, p.number(low=0), "VLLM_PORT_FREE_TIMEOUT", "How long the port may take to become free after that.", unit="s")
-    port_free_poll_s: float = setting(0.5, p.number(above=0), "VLLM_PORT_FREE_POLL", "Interval of looking whether it is free.", unit="s")
+    term_grace_s: float = setting(3.0, p.seconds(low=0), "VLLM_TERM_GRACE", "Time between SIGTERM and SIGKILL of what holds the port.", unit="s", aliases={"VLLM_STOP_TIMEOUT": _same})
+    port_free_timeout_s: float = setting(10.0, p.seconds(low=0), "VLLM_PORT_FREE_TIMEOUT", "How long the port may take to become free after that.", unit="s")
+    port_free_poll_s: float = setting(0.5, p.seconds(above=0), "VLLM_PORT_FREE_POLL", "Interval of looking whether it is free.", unit="s")
     json: bool = setting(False, p.boolean01, "VLLM_PREFLIGHT_JSON", "Print the report as one line of JSON.")
 
 
@@ -144,29 +144,29 @@ class Preflight:
 class Start:
     """When a start has failed, and when it has succeeded."""
 
-    stall_timeout_s: float = setting(600.0, p.number(above=0), "VLLMD_STALL_TIMEOUT_S", "A start without progress for this long has failed.", unit="s")
-    start_timeout_s: float = setting(2100.0, p.number(above=0), "VLLMD_START_TIMEOUT_S", "A start longer than this, from spawn to ready, has failed whatever moves.", unit="s")
+    stall_timeout_s: float = setting(600.0, p.seconds(above=0), "VLLMD_STALL_TIMEOUT_S", "A start without progress for this long has failed.", unit="s")
+    start_timeout_s: float = setting(2100.0, p.seconds(above=0), "VLLMD_START_TIMEOUT_S", "A start longer than this, from spawn to ready, has failed whatever moves.", unit="s")
     proof: str = setting("full", p.choice("full", "health"), "VLLMD_PROOF", "Proof of life before READY: a real request of the model's task, or /health alone.")
-    proof_timeout_s: float = setting(300.0, p.number(above=0), "VLLMD_PROOF_TIMEOUT_S", "Deadline of one request of the proof of life (the first may compile).", unit="s")
-    probe_interval_s: float = setting(0.05, p.number(above=0), "VLLMD_PROBE_INTERVAL_S", "Interval of asking /health while starting.", unit="s")
+    proof_timeout_s: float = setting(300.0, p.seconds(above=0), "VLLMD_PROOF_TIMEOUT_S", "Deadline of one request of the proof of life (the first may compile).", unit="s")
+    probe_interval_s: float = setting(0.05, p.seconds(above=0), "VLLMD_PROBE_INTERVAL_S", "Interval of asking /health while starting.", unit="s")
 
 
 @dataclass(frozen=True, slots=True)
 class Stop:
     """How long a stop may take: shutdown_timeout_s + 10 s, then everything is killed."""
 
-    shutdown_timeout_s: float = setting(30.0, p.number(low=0), "VLLMD_SHUTDOWN_TIMEOUT_S", "Time that requests in flight get to finish.", unit="s")
-    start_grace_s: float = setting(2.0, p.number(low=0), "VLLMD_START_GRACE_S", "Grace after SIGTERM while the engine starts (vLLM loses that signal), then it is killed.", unit="s")
-    kill_timeout_s: float = setting(15.0, p.number(above=0), "VLLMD_KILL_TIMEOUT_S", "How long killed processes may take to disappear before they count as unkillable.", unit="s")
-    gpu_release_timeout_s: float = setting(30.0, p.number(low=0), "VLLMD_GPU_RELEASE_TIMEOUT_S", "How long GPU memory may take to come back after the kill.", unit="s")
+    shutdown_timeout_s: float = setting(30.0, p.seconds(low=0), "VLLMD_SHUTDOWN_TIMEOUT_S", "Time that requests in flight get to finish.", unit="s")
+    start_grace_s: float = setting(2.0, p.seconds(low=0), "VLLMD_START_GRACE_S", "Grace after SIGTERM while the engine starts (vLLM loses that signal), then it is killed.", unit="s")
+    kill_timeout_s: float = setting(15.0, p.seconds(above=0), "VLLMD_KILL_TIMEOUT_S", "How long killed processes may take to disappear before they count as unkillable.", unit="s")
+    gpu_release_timeout_s: float = setting(30.0, p.seconds(low=0), "VLLMD_GPU_RELEASE_TIMEOUT_S", "How long GPU memory may take to come back after the kill.", unit="s")
 
 
 @dataclass(frozen=True, slots=True)
 class Watch:
     """The watch over a ready engine."""
 
-    interval_s: float = setting(5.0, p.number(above=0), "VLLMD_WATCH_INTERVAL_S", "Interval of asking /health of a ready engine.", unit="s", restart=False)
-    request_timeout_s: float = setting(5.0, p.number(above=0), "VLLMD_WATCH_TIMEOUT_S", "Deadline of that question; a slow answer never ends an instance.", unit="s", restart=False)
+    interval_s: float = setting(5.0, p.seconds(above=0), "VLLMD_WATCH_INTERVAL_S", "Interval of asking /health of a ready engine.", unit="s", restart=False)
+    request_timeout_s: float = setting(5.0, p.seconds(above=0), "VLLMD_WATCH_TIMEOUT_S", "Deadline of that question; a slow answer never ends an instance.", unit="s", restart=False)
     failures: int = setting(3, p.integer(low=1), "VLLMD_WATCH_FAILURES", "Explicit refusals (503, or nobody listening) in a row that end the instance.", restart=False)
 
 

@@ -17,11 +17,31 @@ from typing import Any
 
 import yaml
 
+from vllmd.config.values import shown
 from vllmd.errors import ConfigError, PermissionMissing, VllmdError
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32
 MAX_NODES = 20_000
+
+
+class Fraction(float):
+    """A number with a point, which remembers how it was written: as text 1.10 is a version and not 1.1."""
+
+    __slots__ = ("written",)
+    written: str
+
+    def __new__(cls, written: str) -> Fraction:
+        self = super().__new__(cls, written)
+        self.written = written
+        return self
+
+    def __str__(self) -> str:
+        return self.written
+
+    def __getnewargs__(self) -> tuple[str]:  # type: ignore[override]  # for copy and pickle, which would pass the float
+        return (self.written,)
+
 
 Loader: type[Any] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -61,7 +81,7 @@ def _scalar(text: str) -> Any:
         return _WORDS[text]
     if _DECIMAL.fullmatch(text):
         return int(text)
-    return float(text) if _FRACTION.fullmatch(text) else text
+    return Fraction(text) if _FRACTION.fullmatch(text) else text
 
 
 @dataclass(slots=True)
@@ -130,6 +150,8 @@ class _Builder:
 
     def key(self, top: _Open, key: str, line: int) -> None:
         assert isinstance(top.value, dict)
+        if not key.isprintable():
+            raise _bad(self.where, line, f"the key {shown(key)} holds a line break or control character")
         if key in top.value:
             earlier = self.lines[(*top.path, key)]
             name = ".".join(str(part) for part in (*top.path, key))
