@@ -151,7 +151,7 @@ def test_provenance_of_another_model_rules_a_directory_out(store: Path, find: Fi
 
 def test_plain_name_says_nothing_of_a_revision(store: Path, find: Find) -> None:
     demo.make(store / "Tiny")
-    with pytest.raises(ModelNotFound, match="says nothing of revision v1"):
+    with pytest.raises(ModelNotFound, match=r"says nothing of revision v1; give its path"):
         find(revision="v1")
 
 

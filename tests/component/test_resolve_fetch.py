@@ -211,6 +211,7 @@ def test_model_with_wrong_sums_is_no_hit_and_the_next_source_is_asked(store: Pat
         ({"VLLM_MODEL": "../x"}, "VLLM_MODEL"),
         ({"VLLM_MODEL": "a\nb"}, "VLLM_MODEL"),
         ({"VLLM_RESOLVE_LOCK_TIMEOUT": "soon"}, "VLLM_RESOLVE_LOCK_TIMEOUT"),
+        ({"VLLM_MODELS_DIR": "/proc/x"}, "VLLM_MODELS_DIR: cannot create /proc/x"),
         ({}, "no source has acme/Tiny"),
     ],
 )
@@ -220,6 +221,15 @@ def test_any_failure_is_status_1_with_a_reason_and_no_file(store: Path, changes:
     assert err.startswith("[model] ERROR: ")
     assert said in err
     assert not list(store.parent.rglob("*.env"))
+
+
+@pytest.mark.parametrize("place", ["/tmp", "/", "/proc/self/model.env"])
+def test_env_file_in_a_wrong_place_is_the_variables_fault(store: Path, place: str) -> None:
+    demo.make(store / "Tiny")
+    status, _, err = run(environment(store, VLLM_MODEL_ENV_FILE=place))
+    assert status == 1
+    assert f"write {place}: " in err
+    assert "Put the model there again" not in err
 
 
 def test_env_file_that_cannot_be_written_is_said(store: Path) -> None:

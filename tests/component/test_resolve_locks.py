@@ -69,7 +69,7 @@ def test_lock_ends_with_its_process(tmp_path: Path) -> None:
         child.communicate()
 
 
-@pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "hardlink"])
+@pytest.mark.parametrize("kind", ["link", "dangling", "fifo", "hardlink", "directory"])
 def test_lock_that_is_no_plain_file_is_refused(tmp_path: Path, kind: str) -> None:
     (tmp_path / ".locks").mkdir()
     target, lock = tmp_path / "victim", tmp_path / ".locks/vllm-model.abc.lock"
@@ -77,6 +77,8 @@ def test_lock_that_is_no_plain_file_is_refused(tmp_path: Path, kind: str) -> Non
         target.write_text("precious")
     if kind == "fifo":
         os.mkfifo(lock)
+    elif kind == "directory":
+        lock.mkdir()
     elif kind == "hardlink":
         lock.hardlink_to(target)
     else:

@@ -7,8 +7,10 @@ Finds and verifies the model, and leaves what it found in an env file that vllm-
 
 from __future__ import annotations
 
+import errno
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from vllmd import __version__
@@ -20,10 +22,11 @@ from vllmd.core.plan import ModelRequest, ResolvedModel
 from vllmd.errors import ConfigError, ModelInvalid, UsageError, VllmdError
 from vllmd.models.identity import hash12, request_from, slug
 from vllmd.models.inventory import is_snapshot
-from vllmd.models.ioerrors import explained
+from vllmd.models.ioerrors import translated
 from vllmd.models.provenance import FILE as PROVENANCE
 from vllmd.models.resolve import resolve, verified
 from vllmd.models.wire import Progress
+from vllmd.system.files import storage_error
 
 USAGE = """usage: vllm-resolve-model [--help] [--version]
 
@@ -61,13 +64,27 @@ def _resolve(environ: Mapping[str, str]) -> None:
     settings = settings_from(environ)
     request = request_from(settings, Path())
     path = _checked_env_file(settings, request)
-    with explained(f"create {request.store}"):
+    with _placed("VLLM_MODELS_DIR", request.store, "create"):
         request.store.mkdir(parents=True, exist_ok=True)
     model = _first_verified(request, settings, environ)
-    with explained(f"write {path}"):
+    with _placed("VLLM_MODEL_ENV_FILE" if settings.env_file else "FLOX_ENV_CACHE", path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         envfile.write(path, exports(request, model), "Written by vllm-resolve-model for vllm-serve.")
     print(f"[model] Env file: {path}", flush=True)
+
+
+@contextmanager
+def _placed(variable: str, path: Path, verb: str) -> Iterator[None]:
+    """A place that a variable names wrongly is that variable's fault, not the model's. The file's own name is said, not
+    that of the temporary one beside it."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM):
+            raise translated(error, f"{verb} {path}") from error
+        if isinstance(error, FileExistsError | NotADirectoryError | IsADirectoryError | FileNotFoundError):
+            raise ConfigError("bad_place", f"{variable}: cannot {verb} {path}: {error.strerror}", f"Correct {variable}.") from error
+        raise storage_error(error, f"{verb} {path}") from error
 
 
 def settings_from(environ: Mapping[str, str]) -> Model:

@@ -47,7 +47,9 @@ class Inventory:
 
 
 def invalid(path: Path | str, reason: str, hint: str = "", code: str = "model_invalid") -> ModelInvalid:
-    return ModelInvalid(code, f"{path}: {reason}", hint or "Put the model there again, or let another source provide it.")
+    # Names of a hostile model's files go to terminals and journals: no control characters, and one line.
+    what = "".join(char if char.isprintable() else repr(char)[1:-1] for char in f"{path}: {reason}")
+    return ModelInvalid(code, what, hint or "Put the model there again, or let another source provide it.")
 
 
 def boundary(directory: Path) -> tuple[Path, ...]:

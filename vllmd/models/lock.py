@@ -70,8 +70,9 @@ def _open_in(directory: int, path: Path, store: os.stat_result) -> int:
         if os.geteuid() == 0:
             os.fchown(fd, store.st_uid, store.st_gid)
     except FileExistsError:
-        if stat.S_ISLNK(os.stat(path.name, dir_fd=directory, follow_symlinks=False).st_mode):
-            raise _refused(path, "is a link") from None
+        mode = os.stat(path.name, dir_fd=directory, follow_symlinks=False).st_mode
+        if stat.S_ISLNK(mode) or stat.S_ISDIR(mode):
+            raise _refused(path, "is a link" if stat.S_ISLNK(mode) else "is a directory") from None
         fd = os.open(path.name, flags, dir_fd=directory)
     status = os.fstat(fd)
     reason = _distrusted(status, store.st_uid)

@@ -16,6 +16,7 @@ from typing import Any
 from vllmd.models.inventory import invalid, open_file
 
 MAX_HEADER_BYTES = 100_000_000
+MAX_DIMENSIONS = 64
 BITS = {"BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16}
 BITS |= {"I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64, "C64": 64, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
@@ -56,7 +57,7 @@ def _read(path: Path) -> tuple[dict[str, Any], int]:
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
     try:
-        header = json.loads(text)
+        header = json.loads(text.decode("utf-8"))  # bytes would be taken as UTF-16 too, which no engine reads
     except (ValueError, RecursionError) as error:
         raise invalid(path, f"corrupt: its header is not JSON ({error})", code="model_corrupt") from None
     if not isinstance(header, dict):
@@ -67,9 +68,14 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
 def _span(path: Path, tensor: str, entry: object) -> tuple[int, int]:
     match entry:
         case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if 0 <= begin <= end:
-            if all(type(size) is int and size >= 0 for size in shape) and _fits(dtype, shape, end - begin):
+            if len(shape) <= MAX_DIMENSIONS and all(_is_size(size) for size in shape) and _fits(dtype, shape, end - begin):
                 return begin, end
     raise invalid(path, f"corrupt: its header is wrong about tensor {tensor[:100]!r}", code="model_corrupt")
+
+
+def _is_size(size: object) -> bool:
+    """Of 64 bits: the product of a few thousand sizes of 4,000 digits each would take for ever."""
+    return type(size) is int and 0 <= size < 1 << 63
 
 
 def _fits(dtype: str, shape: list[int], data_bytes: int) -> bool:

@@ -40,6 +40,8 @@ def read(directory: Path) -> dict[str, str]:
         text = read_small(path, LIMIT_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
         return {}
+    except IsADirectoryError:
+        raise invalid(path, "is a directory", code="model_corrupt") from None
     found = parse(text, path)
     found.pop(SUMS_FILE, None)
     return found

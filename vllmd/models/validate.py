@@ -59,7 +59,7 @@ def _check_config(inventory: Inventory) -> None:
 
 def _read_object(path: Path, limit_bytes: int) -> dict[str, Any]:
     try:
-        value = json.loads(read_small(path, limit_bytes))
+        value = json.loads(read_small(path, limit_bytes).decode("utf-8"))  # bytes would be taken as UTF-16 too, which no engine reads
     except (ValueError, RecursionError) as error:
         raise invalid(path, f"is not JSON: {error}", code="model_corrupt") from None
     if not isinstance(value, dict):
@@ -82,8 +82,8 @@ def _check_indexes(inventory: Inventory) -> None:
 
 def _check_index(inventory: Inventory, path: Path) -> None:
     weight_map = _read_object(path, MAX_INDEX_BYTES).get("weight_map")
-    if not isinstance(weight_map, dict):
-        raise invalid(path, "has no weight_map object", code="model_corrupt")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise invalid(path, "has no weight_map object that names files", code="model_corrupt")  # an engine loads these alone
     named = list(dict.fromkeys(value if isinstance(value, str) else "" for value in weight_map.values()))
     for name in named:
         if not is_plain(name):

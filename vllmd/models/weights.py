@@ -11,6 +11,8 @@ NOT_WEIGHTS = re.compile(r"training_args\.bin|optimizer\.(bin|pt)|scheduler\.(bi
 PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt|pth|gguf)", re.ASCII)
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "tekken.json"}
 TOKENIZER_PAIRS = ({"vocab.json", "merges.txt"}, {"tokenizer_config.json", "vocab.json"})
+LONGEST_NAME = 255
+"""Of a file, on every file system; what an index names may be longer."""
 TOKENIZER_PLACES = ("", "tokenizer/", "tokenizer_files/")
 
 
@@ -49,4 +51,4 @@ def missing_parts(names: Iterable[str]) -> tuple[list[str], str]:
 
 def first_five(names: list[str]) -> str:
     more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+    return ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names[:5]) + more

@@ -73,7 +73,7 @@ def _hashed_reason(path: Path, request: ModelRequest) -> str:
 def _plain_reason(path: Path, request: ModelRequest) -> str:
     """Why STORE/NAME is not the model; '' if it is."""
     if request.revision:
-        return f"exists, but says nothing of revision {request.revision}; use it by its path, or name it {label(request)}"
+        return f"exists, but says nothing of revision {request.revision}; give its path (model.path, VLLMD_MODEL_PATH) to use it all the same"
     if not is_directory(path):
         return "is no directory"
     target = published_target(request.store, path) if path.is_symlink() else None
