@@ -60,7 +60,7 @@ CASES: dict[str, tuple[Make, int, str]] = {
     "an unknown flag": (lambda: reconfigured({"engine": {"args": {"enforce-eagre": True}}}), 78, "enforce-eagre"),
     "a flag of ours": (lambda: reconfigured({"engine": {"args": {"port": 1}}}), 78, "port"),
     "no engine there": (lambda: reconfigured({"engine": {"executable": "/nowhere/vllm"}}), 78, "/nowhere/vllm"),
-    "an engine that is not executable": (not_executable, 77, "engine"),
+    "an engine that is not executable": (not_executable, 78, "engine.*is not executable"),
     "an engine without its interpreter": (without_interpreter, 78, "interpreter"),
     "a state directory that is none": (unreadable_state, 74, "lib"),
 }

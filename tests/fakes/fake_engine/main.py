@@ -106,14 +106,14 @@ class ApiServer:
         """vLLM loses a SIGTERM now: it goes on to ready, or wedges; a second one ends it."""
         self.fail_first()
         signals = 0
-        while (event := self.events.get()) != "core-ready":
+        while (event := self.next_event()) != "core-ready":
             if event == "core-dead":
                 die("RuntimeError: Engine core initialization failed. See root cause above. Failed core proc(s): {}", 1)
             signals += 1
             if signals > 1 or self.modes.sigterm_starting == "die":
                 self.end(0)
         if signals and self.modes.sigterm_starting == "wedge":
-            while self.events.get() != "sigterm":
+            while self.next_event() != "sigterm":
                 pass
             self.end(0)
 
@@ -163,7 +163,13 @@ class ApiServer:
                 timer.daemon = True
                 timer.start()
         while True:
-            self.handle(self.events.get())
+            self.handle(self.next_event())
+
+    def next_event(self) -> str:
+        """Looks up now and then: a signal that comes just before a wait that never ends is handled after it."""
+        while True:
+            with suppress(queue.Empty):
+                return self.events.get(timeout=0.1)
 
     def handle(self, event: str) -> None:
         match event:
