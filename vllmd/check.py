@@ -13,6 +13,7 @@ from vllmd.config import show
 from vllmd.config.layers import instance_names
 from vllmd.config.paths import Paths
 from vllmd.config.redact import redact_argv, redact_text
+from vllmd.config.values import printable
 from vllmd.core.plan import Plan
 from vllmd.errors import ConfigError, VllmdError
 from vllmd.stages import Prepared
@@ -50,8 +51,7 @@ def check_all(paths: Paths, environ: Mapping[str, str], overrides: Mapping[str, 
             print(f"{name}: valid")
         except VllmdError as error:
             status = status or int(error.status)
-            print(f"{name}: {error.what}", file=sys.stderr)
-            print(f"  hint: {error.hint}", file=sys.stderr)
+            sys.stderr.write(printable(f"{name}: {error.what}\n  hint: {error.hint}\n"))
     return status
 
 
@@ -115,4 +115,8 @@ def _text(plan: Plan | None, prepared: Prepared) -> str:
         *(("private file", path) for path in document["private_files"]),
         *(("warning", text) for text in document["warnings"]),
     ]
-    return "\n".join([f"{prepared.instance}: valid", *(f"  {label:<14} {value}" for label, value in rows)])
+    return "\n".join([f"{prepared.instance}: valid", *(f"  {label:<14} {_on_one_line(value)}" for label, value in rows)])
+
+
+def _on_one_line(value: str) -> str:
+    return printable(value).replace("\n", "\\n")

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from vllmd import __version__
-from vllmd.commandline import Parser, add_globals, guarded, take_globals
+from vllmd.commandline import Parser, add_globals, guarded, streamed, take_globals
 from vllmd.errors import UsageError
 
 
@@ -47,7 +48,9 @@ def overrides(pairs: Sequence[str]) -> dict[str, object]:
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not separator or not key:
-            raise UsageError("usage", f"--set {pair}: not KEY=VALUE", "as in --set serve.port=8001")
+            # No more than what can be a key: `serve.api_key:VALUE` holds a secret.
+            shown = re.match(r"[\w.]*", pair, re.ASCII)
+            raise UsageError("usage", f"--set {shown[0] if shown else ''}...: not KEY=VALUE", "as in --set serve.port=8001")
         found[key] = value
     return found
 
@@ -81,20 +84,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 def preflight_main() -> int:
     from vllmd.preflight.command import main as command
 
-    return command(sys.argv[1:], dict(os.environ))
+    return _as_today("vllm-preflight", lambda: command(sys.argv[1:], dict(os.environ)))
 
 
 def resolve_main() -> int:
     from vllmd.models.command import main as command
 
-    return command(sys.argv[1:], dict(os.environ))
+    return _as_today("vllm-resolve-model", lambda: command(sys.argv[1:], dict(os.environ)))
 
 
 def serve_main() -> int:
     from vllmd.engines.serve_command import main as command
     from vllmd.verbs import env_files
 
-    return command(sys.argv[1:], dict(os.environ), env_files)
+    return _as_today("vllm-serve", lambda: command(sys.argv[1:], dict(os.environ), env_files))
+
+
+def _as_today(program: str, run: Callable[[], int]) -> int:
+    """The commands that people chain have statuses of their own; 1 is any other failure."""
+    return streamed(program, run, unwritable=1, bug=1)
 
 
 if __name__ == "__main__":

@@ -64,6 +64,13 @@ def shown(value: object) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+def printable(text: str) -> str:
+    """Text for a terminal: what is no character of a line, as a hostile file name has it, is escaped; line breaks stay."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in text)
+
+
 _YAML_KIND: dict[type[object], str] = {bool: "true or false", int: "a number", float: "a number"}
 
 
