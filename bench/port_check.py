@@ -9,6 +9,7 @@ to, and ends them. Half of the sockets listen, half are connected. Times are med
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import resource
@@ -29,6 +30,7 @@ from vllmd.preflight.attribution import attribute
 from vllmd.system import cgroupnames, procfs, sockdiag
 
 BAR_MS = 3.0
+PR_SET_PDEATHSIG = 1
 HOLDERS = 10
 ROUNDS = 15
 
@@ -73,6 +75,7 @@ def crowd(processes: int, sockets: int) -> Iterator[None]:
             pid = os.fork()
             if pid == 0:
                 with contextlib.suppress(BaseException):
+                    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # a Ctrl-C can come before it is listed
                     os.dup2(writer, 1)
                     if number < HOLDERS:
                         _hold_sockets(sockets // HOLDERS)
