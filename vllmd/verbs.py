@@ -50,7 +50,8 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
         journal.close()
     notifier.status(f"Failed: {failure.what}" + (f" ({failure.hint})" if failure.hint else ""))
     journal.event("failed", failure.what, priority=3, code=failure.code, hint=failure.hint, exit_status=failure.status)
-    record.write_last(paths.instance_state(options.name), options.name, failure.status, failure)
+    if failure.code != "instance_locked":  # then last.json is the running supervisor's to write
+        record.write_last(paths.instance_state(options.name), options.name, failure.status, failure)
     journal.close()
     return failure.status
 

@@ -131,6 +131,7 @@ def test_a_second_supervisor_of_an_instance_ends_with_75_and_changes_nothing() -
         )
         assert second.returncode == 75
         assert f"supervised already, by pid {one.pid}" in second.stderr
+        assert not (one.state / "last.json").exists(), "the reason is the running supervisor's to write"
         assert one.status()["state"] == "ready"
         assert one.ask("/health")[0] == 200
         stop(one)
