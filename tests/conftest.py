@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from tests import procs
+
 LEFT_DEADLINE_S = 3.0
 """How long things that are just ending may take."""
 
@@ -67,7 +69,7 @@ def _end_children(before: dict[int, str]) -> None:
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails the test that leaves a child, zombie, descriptor or thread; there is no way to opt out."""
-    before = _children(), _descriptors(), _threads()
+    before, adopting = (_children(), _descriptors(), _threads()), procs.is_adopting()
     yield
     left = _left(*before)
     deadline = time.monotonic() + LEFT_DEADLINE_S
@@ -75,6 +77,7 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         gc.collect()
         time.sleep(0.01)
         left = _left(*before)
+    procs.set_adopting(adopting=adopting)
     if left:
         _end_children(before[0])
         pytest.fail(f"{request.node.name} leaves behind:\n  " + "\n  ".join(left), pytrace=False)

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 PR_SET_CHILD_SUBREAPER = 36
+PR_GET_CHILD_SUBREAPER = 37
 
 
 def wait_until(what: str, condition: Callable[[], T], timeout_s: float = 10.0, every_s: float = 0.01) -> T:
@@ -99,8 +100,20 @@ def shared_memory_of(pid: int) -> set[Path]:
 
 
 def adopt_orphans() -> None:
-    """Makes this test run the parent of whatever its processes leave behind, so that conftest sees it."""
-    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+    """Makes this test run the parent of whatever its processes leave behind, so that conftest sees it.
+
+    Until the end of the test: what the next one orphans is PID 1's to reap, unless it says so too."""
+    set_adopting(adopting=True)
+
+
+def set_adopting(*, adopting: bool) -> None:
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(adopting), 0, 0, 0)
+
+
+def is_adopting() -> bool:
+    found = ctypes.c_int()
+    ctypes.CDLL(None).prctl(PR_GET_CHILD_SUBREAPER, ctypes.byref(found), 0, 0, 0)
+    return bool(found.value)
 
 
 def kill_all(pids: Iterable[int], timeout_s: float = 10.0) -> None:
