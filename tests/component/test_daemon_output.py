@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -187,3 +188,14 @@ def test_a_journal_that_nobody_reads_harms_nothing() -> None:
 def dropped(instance: Instance) -> float:
     text = instance.control("/metrics")[1]
     return float(text.split('vllmd_dropped_total{what="journal"} ')[1].split()[0])
+
+
+@pytest.mark.parametrize("stderr", ["/dev/full", "&-", "&$broken"], ids=["disk full", "closed", "reader gone"])
+def test_a_log_that_cannot_be_written_keeps_nothing_from_starting_and_stopping(stderr: str) -> None:
+    """A shell's `2>log` on a full disk, `| head`: the report of what was lost must not be reported as lost, for ever."""
+    script = f'exec {{broken}}> >(:); exec "$@" 2>{stderr}'
+    with Tampered.quick(before=("bash", "-c", script, "bash"), log={"level": "debug"}) as instance:
+        instance.wait_ready()
+        instance.signal(signal.SIGHUP)  # says something once more
+        assert cpu_s(instance.pid) < 5
+        stop(instance)

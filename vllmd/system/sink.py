@@ -116,10 +116,12 @@ class Sink:
             if outcome == "gone":
                 return self._wait_retry()
             if outcome == "impossible":
+                # Not reported now: where nothing can be written (a full disk, a terminal that hung up), the report would
+                # be dropped as well, and be reported, for ever.
                 self._outbox.drop_head()
             else:
                 self._outbox.pop()
-            self._report_dropped()
+                self._report_dropped()
         return self._stop_waiting()
 
     def _report_dropped(self) -> None:
