@@ -6,7 +6,9 @@ import contextlib
 import http.client
 import json
 import os
+import pty
 import signal
+import sys
 import time
 from collections.abc import Callable, Mapping
 
@@ -108,10 +110,45 @@ def test_the_stop_of_a_real_cgroup_leaves_no_group() -> None:
         stop(instance)
 
 
-def test_ctrl_c_stops_as_sigterm_does() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGQUIT], ids=["Ctrl-C", "Ctrl-backslash"])
+def test_the_keys_of_a_terminal_stop_as_sigterm_does(number: signal.Signals) -> None:
     with quick() as instance:
         instance.wait_ready()
-        instance.signal(signal.SIGINT)
+        instance.signal(number)
+        assert instance.wait_exit() == 0
+        assert_nothing_left(instance)
+
+
+def test_signals_that_mean_nothing_end_nothing() -> None:
+    with quick() as instance:
+        instance.wait_ready()
+        for number in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGPIPE, signal.SIGWINCH, signal.SIGCHLD):
+            instance.signal(number)
+        stop(instance)
+
+
+ON_TERMINAL = """
+import fcntl, os, signal, sys, termios
+fcntl.ioctl(os.open(sys.argv[1], os.O_RDWR), termios.TIOCSCTTY, 0)
+if sys.argv[2] == "nohup":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+
+
+@pytest.mark.parametrize("how", ["plain", "nohup"])
+def test_a_terminal_that_hangs_up_stops_the_instance_unless_nohup_says_otherwise(how: str) -> None:
+    """An ssh connection that breaks: nobody is left who could stop it."""
+    main, terminal = pty.openpty()
+    with Tampered.quick(before=(sys.executable, "-c", ON_TERMINAL, os.ttyname(terminal), how)) as instance:
+        os.close(terminal)
+        instance.wait_ready()
+        instance.signal(signal.SIGHUP)
+        procs.wait_until("a reload as long as it is there", lambda: "configuration read again" in instance.log())
+        os.close(main)
+        if how == "nohup":
+            procs.wait_until("another reload", lambda: instance.log().count("configuration read again") > 1)
+            stop(instance)
         assert instance.wait_exit() == 0
         assert_nothing_left(instance)
 
