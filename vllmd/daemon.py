@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
 from collections.abc import Coroutine
 from typing import Any, assert_never
 
@@ -79,6 +78,9 @@ class Daemon:
             try:
                 await self._begin()
                 return await self._turn()
+            except VllmdError as error:  # before the life began; whoever reads status.json must not wait for it
+                self.board.state(str(State.STOPPED), record.failure_of(error))
+                raise
             finally:
                 self._cancel_all()
                 await control.close()
@@ -315,8 +317,7 @@ class Daemon:
                 self.journal.event(STAGE_EVENTS[name], error.what, priority=3, hint=error.hint)
             self.post(ev.StageFailed(record.failure_of(error)))
         except Exception as error:
-            self.journal.event("failed", "".join(traceback.format_exception(error)), priority=2)
-            fault = record.bug(error)
+            fault = record.unexpected(error, self.journal)
             # A teardown that fails must not keep the instance from ending.
             self.post(ev.KillExpired(fault) if name == "kill" else ev.Faulted(fault))
 

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -44,8 +43,7 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
     except VllmdError as error:
         failure = record.failure_of(error)
     except Exception as error:
-        journal.event("failed", traceback.format_exc(), priority=2)
-        failure = record.bug(error)
+        failure = record.unexpected(error, journal)
     finally:
         journal.close()
     notifier.status(f"Failed: {failure.what}" + (f" ({failure.hint})" if failure.hint else ""))

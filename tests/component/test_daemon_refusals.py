@@ -167,3 +167,14 @@ def test_a_disk_that_fills_up_later_ends_no_instance(directory: str) -> None:
         if directory == "lib":
             assert "cannot write" in instance.log()
         assert instance.engine() == []
+
+
+@pytest.mark.parametrize("descriptors", [20, 17, 15, 13, 12])
+def test_a_host_that_gives_no_more_descriptors_is_75_and_no_bug(descriptors: int) -> None:
+    with Tampered.quick(before=("bash", "-c", f'ulimit -n {descriptors}; exec "$@"', "bash"), gpus="all") as instance:
+        assert instance.wait_exit() == 75, instance.describe()
+        error = instance.last_json()["error"]
+        assert error["code"] == "host_exhausted"
+        assert "LimitNOFILE" in error["hint"]
+        assert error["what"] in instance.notify.told("STATUS")[-1]
+        assert "Traceback" not in instance.log()

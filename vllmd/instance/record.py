@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import traceback
 from pathlib import Path
 from typing import Any
 
 from vllmd.core.events import Failure
 from vllmd.errors import Status, VllmdError
 from vllmd.instance.board import describe_failure, now_text
-from vllmd.system.files import write_atomic
+from vllmd.system.files import exhausted, write_atomic
+from vllmd.system.journal import Journal
+from vllmd.system.terminal import Stderr
 
 SCHEMA = 1
 
@@ -22,6 +25,15 @@ def bug(error: BaseException) -> Failure:
     """An exception of ours that nobody expected; its traceback goes to the journal."""
     what = f"vllmd itself failed: {type(error).__name__}: {error}"
     return Failure("internal_error", what, "this is a bug; the journal has the traceback", int(Status.SOFTWARE))
+
+
+def unexpected(error: Exception, journal: Journal | Stderr) -> Failure:
+    """What an exception outside of our tree says: a host that gives nothing more is no bug, and needs no traceback."""
+    refused = exhausted(error, "the host gives no more")
+    if refused is not None:
+        return failure_of(refused)
+    journal.event("failed", "".join(traceback.format_exception(error)), priority=2)
+    return bug(error)
 
 
 def write_last(

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 
-from vllmd.errors import EngineFailed, VllmdError
+from vllmd.errors import EngineFailed, TryLater, VllmdError
 from vllmd.models import wire
 
 LINE_LIMIT = 1 << 20
@@ -19,13 +19,7 @@ async def resolve(
     request: bytes, environ: Mapping[str, str], on_event: Callable[[wire.Progress | wire.Resolved | wire.Verified], None]
 ) -> None:
     """Runs the child to its end; raises the VllmdError that it reported. Cancelling kills it."""
-    child = subprocess.Popen(
-        [sys.executable, "-m", "vllmd.models.fetch"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=dict(environ),
-        start_new_session=True,
-    )
+    child = _start(environ)
     try:
         await _converse(child, request, on_event)
     finally:
@@ -36,6 +30,20 @@ async def resolve(
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-m", "vllmd.models.fetch"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(environ),
+            start_new_session=True,
+        )
+    except BlockingIOError as error:
+        what, hint = f"cannot start a process: {error.strerror}", "Raise TasksMax= of the unit (`ulimit -u`), or end some processes."
+        raise TryLater("spawn_failed", what, hint) from error
 
 
 async def _converse(

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 
 from vllmd.errors import PermissionMissing, TryLater
+from vllmd.system.files import exhausted
 
 
 @dataclass(slots=True)
@@ -82,7 +83,7 @@ def _open_folder(path: Path) -> int:
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError as error:
-        raise _refused(path, f"its directory cannot be used: {error.strerror}") from None
+        raise exhausted(error, f"cannot lock {path}") or _refused(path, f"its directory cannot be used: {error.strerror}") from None
     reason = _unsafe(os.fstat(folder))
     if reason:
         os.close(folder)
@@ -106,7 +107,7 @@ def _open_file(path: Path, folder: int) -> int:
         fd = os.open(path.name, flags, 0o600, dir_fd=folder)
     except OSError as error:
         what = "it is a symbolic link" if error.errno == errno.ELOOP else str(error.strerror)
-        raise _refused(path, what) from None
+        raise exhausted(error, f"cannot lock {path}") or _refused(path, what) from None
     reason = _not_ours(os.fstat(fd), os.fstat(folder))
     if reason:
         os.close(fd)

@@ -53,6 +53,7 @@ _ERRORS_OF_RUN: dict[str, type[VllmdError]] = {
     "gpu_hard_fail": GpuUnavailable,
     "gpu_memory_not_back": TryLater,
     "lock_held": TryLater,
+    "host_exhausted": TryLater,
     "address_unavailable": TryLater,
     "port_not_permitted": PermissionMissing,
     "lock_refused": PermissionMissing,
@@ -66,8 +67,8 @@ class Report:
 
     `action` keeps the words that today's parsers know: noop, would_stop (dry run), stopped; '' on failure before
     anything was decided. `reason` is one of: invalid_configuration, host_unresolvable, address_unavailable,
-    port_not_permitted, bad_owner_regex, proc_unavailable, lock_held, lock_refused, json_with_command, gpu_hard_fail,
-    gpu_memory_not_back, socket_path_refused (code 1); port_owned_by_other_process, systemd_socket_activation,
+    port_not_permitted, bad_owner_regex, proc_unavailable, host_exhausted, lock_held, lock_refused, json_with_command,
+    gpu_hard_fail, gpu_memory_not_back, socket_path_refused (code 1); port_owned_by_other_process, systemd_socket_activation,
     owned_by_instance (2); port_owned_by_other_uid (3); listener_unattributable (4); port_still_listening_after_stop,
     port_held_by_closed_connections (5).
     """

@@ -29,6 +29,7 @@ from vllmd.preflight.gates import Limits, Wanted
 from vllmd.preflight.owner import OwnerRules, ProcessFacts
 from vllmd.preflight.report import Report
 from vllmd.system import procfs
+from vllmd.system.files import exhausted
 
 _RESCANS = 3
 _RESCAN_S = 0.05
@@ -125,6 +126,9 @@ def run(request: PreflightRequest) -> Report:
     except VllmdError as error:
         return draft.report(Ruling(1, error.code, error.what, error.hint))
     except OSError as error:
+        refused_by_host = exhausted(error, "the system cannot be looked at")
+        if refused_by_host is not None:
+            return draft.report(Ruling(1, refused_by_host.code, refused_by_host.what, refused_by_host.hint))
         hint = "Preflight needs /proc, and the permission to read it."
         return draft.report(Ruling(1, "proc_unavailable", f"the system cannot be looked at: {error}", hint))
 

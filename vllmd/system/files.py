@@ -13,7 +13,7 @@ import secrets
 import stat
 from pathlib import Path
 
-from vllmd.errors import PermissionMissing, StorageFailed, VllmdError
+from vllmd.errors import PermissionMissing, StorageFailed, TryLater, VllmdError
 
 _STORAGE = {
     errno.ENOSPC: ("disk_full", "Free space on that file system; `df -h` shows it."),
@@ -22,17 +22,32 @@ _STORAGE = {
     errno.EROFS: ("read_only", "Remount the file system writable; the kernel makes it read-only after errors (`journalctl -k`)."),
 }
 _PERMISSION = {errno.EACCES, errno.EPERM}
+_EXHAUSTED = {
+    errno.EMFILE: "Raise LimitNOFILE= of the unit (`ulimit -n`): vllmd needs some 60 descriptors, an engine thousands.",
+    errno.ENFILE: "The whole host is out of descriptors: `sysctl fs.file-nr`.",
+    errno.ENOMEM: "`free -h` shows the memory, `systemctl show -p MemoryMax` the unit's limit.",
+}
 
 
 def storage_error(error: OSError, what: str) -> VllmdError:
     """The error to raise for an OSError met while doing `what` ('write /run/x/status.json')."""
     reason = error.strerror or str(error)
+    if (refused := exhausted(error, f"cannot {what}")) is not None:
+        return refused
     if error.errno in _PERMISSION:
         return PermissionMissing(
             "permission_missing", f"cannot {what}: {reason}", "Check the owner and mode of that path and of its directories."
         )
     code, hint = _STORAGE.get(error.errno or 0, ("storage_failed", "Check that the path exists and is what it should be."))
     return StorageFailed(code, f"cannot {what}: {reason}", hint)
+
+
+def exhausted(error: BaseException, what: str) -> TryLater | None:
+    """The error to raise when it was the host that had no memory or descriptors left; None for every other reason."""
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    if number not in _EXHAUSTED:
+        return None
+    return TryLater("host_exhausted", f"{what}: {os.strerror(number)}", _EXHAUSTED[number])
 
 
 def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644, fsync: bool = True) -> None:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllmd.errors import ConfigError, EngineFailed, PermissionMissing, TryLater, VllmdError
+from vllmd.system.files import exhausted
 from vllmd.system.host import start_time
 
 _LAUNCHER = str(Path(__file__).with_name("launcher.py"))
@@ -167,7 +168,9 @@ def _start(spec: SpawnSpec, link: socket.socket) -> Child:
     except OSError as error:
         os.close(stdout)
         os.close(stderr)
-        raise TryLater("spawn_failed", f"cannot start a process: {error.strerror}", "The host is out of processes or memory.") from error
+        what = "cannot start a process"
+        other = TryLater("spawn_failed", f"{what}: {error.strerror}", "Raise TasksMax= of the unit (`ulimit -u`), or end some processes.")
+        raise exhausted(error, what) or other from error
     finally:
         for descriptor in (null, stdout_write, stderr_write):
             os.close(descriptor)
