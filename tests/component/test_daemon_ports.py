@@ -183,8 +183,10 @@ def test_a_long_root_has_its_control_socket() -> None:
 
 def test_a_long_root_refuses_a_socket_that_the_engine_could_not_bind() -> None:
     with Deep(config={**QUICK, "serve": {"listen": "uds"}}) as instance:
-        ends(instance, 78, "socket_path_too_long", ready=False)
+        error = ends(instance, 78, "socket_path_too_long", ready=False)
         assert "Warning" not in instance.log()
+        document = instance.status_json()  # no reader may go on waiting for a start that never was
+        assert (document["state"], document["error"]) == ("stopped", error)
 
 
 def test_an_address_that_this_machine_does_not_have_is_named() -> None:
