@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
@@ -207,3 +208,33 @@ def test_a_path_longer_than_a_socket_address(tmp_path: Path) -> None:
             return await request(Endpoint("uds", path=str(path)), "GET", "/health", timeout_s=5)
 
     assert asyncio.run(scenario()).status == 200
+
+
+@pytest.mark.parametrize("piece", [b"HTTP/1.1 100 Continue\r\n\r\n", b"1\r\nx\r\n"], ids=["interim answers", "chunks of a byte"])
+def test_an_answer_without_end_is_cut_off_and_stops_no_other_task(piece: bytes) -> None:
+    """A sender that is always ahead of us: what reads it must give the loop its turns, and come to an end."""
+    give_up = time.monotonic() + 30
+
+    def flood(listener: socket.socket) -> None:
+        connection = listener.accept()[0]
+        with connection, contextlib.suppress(OSError):
+            connection.sendall(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" if piece[:1] == b"1" else b"")
+            while time.monotonic() < give_up:
+                connection.sendall(piece * 10_000)
+
+    async def scenario(port: int) -> tuple[Answer, float]:
+        turns, longest = time.monotonic(), 0.0
+        asked = asyncio.create_task(request(Endpoint("tcp", host="127.0.0.1", port=port), "GET", "/", timeout_s=60))
+        while not asked.done():
+            await asyncio.sleep(0)
+            turns, longest = time.monotonic(), max(longest, time.monotonic() - turns)
+        return await asked, longest
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        sender = threading.Thread(target=flood, args=(listener,))
+        sender.start()
+        answer, longest = asyncio.run(scenario(listener.getsockname()[1]))
+        sender.join()
+    assert answer.outcome == "invalid", answer
+    assert time.monotonic() < give_up
+    assert longest < 3

@@ -28,6 +28,7 @@ __all__ = ["Answer", "ControlServer", "Outcome", "request"]
 
 Outcome = Literal["answered", "refused", "timeout", "reset", "invalid"]
 _CHUNK = 1 << 16
+_HEAD_BYTES = 64 << 10
 _RETRY_S = 0.02
 _REFUSED = {errno.ECONNREFUSED, errno.ENOENT, errno.ENOTDIR}
 
@@ -81,7 +82,7 @@ class _TooLargeError(Exception):
 async def _exchange(
     endpoint: Endpoint, method: str, path: str, body: bytes, headers: Mapping[str, str], limit_bytes: int
 ) -> tuple[int, bytes]:
-    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=64 << 10)
+    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD_BYTES)
     fields = {"Host": _host(endpoint), "User-Agent": "vllmd", "Accept": "*/*", **headers}
     if body or method not in ("GET", "HEAD"):
         fields["Content-Length"] = str(len(body))
@@ -99,13 +100,19 @@ async def _exchange(
 
 
 async def _receive(loop: asyncio.AbstractEventLoop, link: socket.socket, connection: h11.Connection, limit_bytes: int) -> tuple[int, bytes]:
-    status, content = 0, bytearray()
+    status, content, received = 0, bytearray(), 0
     while True:
         event: Any = connection.next_event()
         if event is h11.NEED_DATA:
             data = await loop.sock_recv(link, _CHUNK)
             if not data and not status:
                 raise ConnectionResetError(errno.ECONNRESET, "closed before an answer")
+            # Also of what is no content: interim answers, or chunks of one byte, can come without end. And sock_recv does
+            # not wait where there is something to read: without a turn of the loop no deadline would ever end this.
+            received += len(data)
+            if received > 2 * limit_bytes + _HEAD_BYTES:
+                raise _TooLargeError(f"the answer is larger than {limit_bytes} bytes")
+            await asyncio.sleep(0)
             connection.receive_data(data)
         elif isinstance(event, h11.Response):
             status = event.status_code
