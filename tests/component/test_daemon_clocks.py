@@ -82,6 +82,15 @@ def test_an_engine_that_listens_and_never_answers_has_stalled() -> None:
         ends(instance, 75, "start_stalled", ready=False)
 
 
+@pytest.mark.parametrize("code", ["301", "401", "503"])
+def test_a_health_that_is_none_is_named_while_it_lasts_and_when_the_start_has_stalled(code: str) -> None:
+    """The engine's own lines say nothing of it: for it, all is well."""
+    with quick({"FAKE_HEALTH": code}, CLOCKS) as instance:
+        error = ends(instance, 75, "start_stalled", ready=False)
+        assert error["what"].endswith(f"; /health answers {code}")
+        assert any(told.startswith("Starting: ") and told.endswith(f"/health answers {code}") for told in instance.notify.told("STATUS"))
+
+
 def test_the_clocks_of_the_start_begin_with_the_engine_not_with_the_download() -> None:
     instance = quick(config=CLOCKS)
     gate = hold(instance, "resolve")

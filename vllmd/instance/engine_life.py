@@ -9,6 +9,7 @@ import os
 import signal
 import uuid
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,7 @@ class EngineLife:
         self._model: ResolvedModel | None = None
         self._hold = contextlib.ExitStack()
         self._port = PortHold(context, plan)
+        self._health = ""
         self._private: list[Path] = []
         self.probe = Probe(
             endpoint=plan.endpoints[0],
@@ -174,6 +176,8 @@ class EngineLife:
 
     async def _expire(self) -> None:
         failure = await self.start.expire(lambda: str(self._board.document["phase"]))
+        if self._health:
+            failure = replace(failure, what=f"{failure.what}; {self._health}")
         kind = "start-timeout" if failure.code == "start_timeout" else "start-stalled"
         self._journal.event(kind, failure.what, priority=3, hint=failure.hint)
         self._post(ev.StartExpired(failure))
@@ -188,9 +192,15 @@ class EngineLife:
         if fact.fraction is not None:
             self._board.progress(fact.fraction)
 
+    def _unhealthy(self, text: str) -> None:
+        if text != self._health:
+            self._health = text
+            self._board.progress(None, text)
+
     async def prove(self) -> str:
         """Waits for /health, gives the port's lock back, and asks for the proof of life; returns what proved it."""
-        await healthy(self.probe)
+        await healthy(self.probe, self._unhealthy)
+        self._unhealthy("")
         self._port.release()
         config = self.context.config
         if config.start.proof == "health":

@@ -34,15 +34,24 @@ class Probe:
     is_ours: Callable[[Listener], bool]
 
 
-async def healthy(probe: Probe) -> float:
-    """Waits for 200 on /health from a listener of our own; returns when it came (monotonic). PortRefused if somebody else answers."""
+async def healthy(probe: Probe, say: Callable[[str], None]) -> float:
+    """Waits for 200 on /health from a listener of our own; returns when it came (monotonic). PortRefused if somebody else
+    answers. `say` hears what /health does instead: an engine that answers 401 for ever starts for ever."""
     while True:
         answer = await request(probe.endpoint, "GET", probe.health_path, timeout_s=HEALTH_TIMEOUT_S)
         if answer.outcome == "answered" and answer.status == 200:
             seen = time.monotonic()
             check_listener(probe)
             return seen
+        say(_instead(probe.health_path, answer))
         await asyncio.sleep(probe.interval_s)
+
+
+def _instead(path: str, answer: Answer) -> str:
+    """'' while nobody listens, as long as the model loads."""
+    if answer.outcome == "answered":
+        return f"{path} answers {answer.status}"
+    return f"{path}: {answer.detail}" if answer.outcome in ("timeout", "invalid") else ""
 
 
 def check_listener(probe: Probe) -> None:
