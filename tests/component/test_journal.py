@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import asyncio
+import errno
 import os
 import pty
 import socket
@@ -267,9 +268,26 @@ def test_a_terminal_gets_colours_and_a_pipe_does_not(monkeypatch: pytest.MonkeyP
     os.close(terminal)
 
 
-def test_a_stopped_reader_of_stderr_never_blocks_us_and_loses_nothing_it_can_still_get() -> None:
+def refuse_to_open_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the kernel does where the pipe is another user's: `docker run --user`, `su`."""
+    real = os.open
+
+    def refusing(path: str, *rest: int) -> int:
+        if str(path).startswith("/proc/self/fd/"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return real(path, *rest)
+
+    monkeypatch.setattr(os, "open", refusing)
+
+
+@pytest.mark.parametrize("stderr", ["pipe", "another user's pipe", "socket"])
+def test_a_stopped_reader_of_stderr_never_blocks_us_and_loses_nothing_it_can_still_get(stderr: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if stderr == "another user's pipe":
+        refuse_to_open_again(monkeypatch)
+    kind = stderr
+
     async def scenario() -> bytes:
-        read, write = os.pipe()
+        read, write = [end.detach() for end in socket.socketpair()] if kind == "socket" else os.pipe()
         stderr = Stderr({}, descriptor=write).attach(asyncio.get_running_loop())
         started = time.monotonic()
         for number in range(4000):

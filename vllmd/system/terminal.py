@@ -1,13 +1,15 @@
 """The log without a journal: logfmt on stderr, readable in a terminal, and just as unable to block the daemon.
 
 A reader that stopped (`make run | less`, Ctrl-S) would stop whoever writes to it. The descriptor is opened once more,
-non-blocking, so that the flag is not set for the shell that shares ours.
+non-blocking, so that the flag is not set for the shell that shares ours. Where that is refused, as to a container's or
+`su`'s user, whose stderr is another user's pipe or terminal, it is written in pieces for which there is room.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import select
 import stat
 from collections.abc import Mapping
 
@@ -26,7 +28,7 @@ class Stderr(Sink):
         super().__init__(fields, outbox)
         self._colour = os.isatty(descriptor) and "NO_COLOR" not in os.environ
         self._original = descriptor
-        self._descriptor = _open_again(descriptor)
+        self._descriptor, self._shared = _open_again(descriptor)
 
     def _encode_event(self, event_id: str, message: str, priority: int, fields: Mapping[str, object]) -> bytes:
         del event_id  # for programs; a person reads the message
@@ -43,9 +45,11 @@ class Stderr(Sink):
 
     def _transmit(self, entry: bytes) -> Outcome:
         if self._descriptor < 0:
-            self._descriptor = _open_again(self._original)
+            self._descriptor, self._shared = _open_again(self._original)
+        if self._shared and not _has_room(self._descriptor):
+            return "blocked"
         try:
-            written = os.write(self._descriptor, entry)
+            written = os.write(self._descriptor, entry[: select.PIPE_BUF] if self._shared else entry)
         except BlockingIOError:
             return "blocked"
         except OSError:  # the terminal hung up: there is nobody to tell
@@ -64,13 +68,22 @@ class Stderr(Sink):
             self._descriptor = -1
 
 
-def _open_again(descriptor: int) -> int:
-    """A descriptor of our own on the same terminal or pipe, non-blocking; else a plain copy."""
+def _open_again(descriptor: int) -> tuple[int, bool]:
+    """A descriptor of our own on the same terminal or pipe, non-blocking; else a copy, and whether writing to that may block."""
     with contextlib.suppress(OSError):
-        if os.isatty(descriptor) or stat.S_ISFIFO(os.fstat(descriptor).st_mode):
-            return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
-        return os.dup(descriptor)
-    return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        mode = os.fstat(descriptor).st_mode
+        if stat.S_ISFIFO(mode) or os.isatty(descriptor):
+            with contextlib.suppress(OSError):
+                return os.open(f"/proc/self/fd/{descriptor}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY), False
+        return os.dup(descriptor), not stat.S_ISREG(mode)
+    return os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC), False
+
+
+def _has_room(descriptor: int) -> bool:
+    """For PIPE_BUF bytes: that is when the kernel calls a pipe or a socket writable. True also where writing fails at once."""
+    poll = select.poll()
+    poll.register(descriptor, select.POLLOUT)
+    return bool(poll.poll(0))
 
 
 def printable(text: str) -> str:
