@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.engine.server import REAL_ENV, Kind
+from tests.engine.server import ENDLESS, REAL_ENV, Kind
 from tests.needs import need
 from vllmd.models import demo
 
@@ -28,7 +29,13 @@ def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     for kind in demo.KINDS:
         demo.make(folder / kind, kind)
+    _lengthen(folder / "generate/config.json")
     return folder
+
+
+def _lengthen(config: Path) -> None:
+    """Room for a stream that outlasts whatever a test does to the engine, on a machine of any speed."""
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 2 * ENDLESS}))
 
 
 @pytest.fixture(scope="module")

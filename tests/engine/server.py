@@ -32,7 +32,8 @@ REAL_ENV = {
 
 @dataclass
 class Kind:
-    """How to start one of the two. `start_s` bounds a start; `tokens` makes a stream of a few seconds."""
+    """How to start one of the two. `start_s` bounds a start; `tokens` makes a stream of a few seconds, `ENDLESS` one that
+    nobody waits for."""
 
     name: str
     executable: Path
@@ -41,6 +42,9 @@ class Kind:
     tokens: int
     flags: tuple[str, ...] = ()
     env: dict[str, str] = field(default_factory=dict)
+
+
+ENDLESS = 30_000
 
 
 class UnixConnection(http.client.HTTPConnection):
