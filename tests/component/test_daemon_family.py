@@ -85,6 +85,19 @@ def test_after_sigkill_of_the_supervisor_the_next_start_ends_what_is_left(cgroup
         stop(instance)
 
 
+def test_files_that_a_killed_supervisor_had_half_written_are_gone_after_the_next_start() -> None:
+    """SIGKILL between the write and the rename of write_atomic; one in some fifty random kills."""
+    instance = quick()
+    half = [instance.state / ".launch.json.a2c17ee06ad2.tmp", instance.runtime / ".status.json.0123456789ab.tmp"]
+    for path in half:
+        path.parent.mkdir(parents=True)
+        path.write_text('{"schema"')
+    with instance:
+        instance.wait_ready()
+        assert not any(path.exists() for path in half)
+        stop(instance)
+
+
 def test_a_supervisor_that_is_killed_while_resolving_takes_its_resolver_along() -> None:
     hold(instance := quick(), "resolve")
     with instance:

@@ -8,7 +8,7 @@ from types import TracebackType
 
 from vllmd.config.paths import Paths
 from vllmd.errors import TryLater
-from vllmd.system.files import storage_error
+from vllmd.system.files import remove_unfinished, storage_error
 
 
 class InstanceLock:
@@ -16,9 +16,8 @@ class InstanceLock:
 
     def __init__(self, paths: Paths, instance: str) -> None:
         self._instance = instance
-        self._directories = (
-            paths.instance_runtime(instance), paths.instance_state(instance), paths.sockets, paths.locks, paths.cache,
-        )  # fmt: skip
+        self._own = (paths.instance_runtime(instance), paths.instance_state(instance))
+        self._directories = (*self._own, paths.sockets, paths.locks, paths.cache)
         self._path = paths.instance_runtime(instance) / "lock"
         self._fd = -1
 
@@ -42,6 +41,8 @@ class InstanceLock:
         except OSError as error:
             os.close(self._fd)
             raise storage_error(error, f"write {self._path}") from error
+        for directory in self._own:
+            remove_unfinished(directory)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

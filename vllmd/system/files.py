@@ -21,6 +21,7 @@ _STORAGE = {
     errno.EIO: ("io_error", "The storage is failing: look at the kernel's log, `journalctl -k -p err`."),
     errno.EROFS: ("read_only", "Remount the file system writable; the kernel makes it read-only after errors (`journalctl -k`)."),
 }
+_TEMPORARY = ".tmp"
 _PERMISSION = {errno.EACCES, errno.EPERM}
 _EXHAUSTED = {
     errno.EMFILE: "Raise LimitNOFILE= of the unit (`ulimit -n`): vllmd needs some 60 descriptors, an engine thousands.",
@@ -55,7 +56,7 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644, fsync: boo
     nothing changed and nothing is left. The directory must exist; a symlink at `path` is replaced, never followed."""
     content = data.encode() if isinstance(data, str) else data
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    temporary = f".{path.name[:100]}.{secrets.token_hex(6)}.tmp"
+    temporary = f".{path.name[:100]}.{secrets.token_hex(6)}{_TEMPORARY}"
     try:
         try:
             _write_new(directory, temporary, content, mode, sync=fsync)
@@ -68,6 +69,14 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644, fsync: boo
             os.fsync(directory)
     finally:
         os.close(directory)
+
+
+def remove_unfinished(directory: Path) -> None:
+    """What a write_atomic left there when it was killed in the middle. Only for a directory in which nobody writes now."""
+    with contextlib.suppress(OSError):
+        for path in directory.glob(f".*{_TEMPORARY}"):
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def _write_new(directory: int, name: str, content: bytes, mode: int, *, sync: bool) -> None:
