@@ -66,6 +66,13 @@ def _end_children(before: dict[int, str]) -> None:
             os.waitpid(pid, 0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def adoption_ends_with_the_module() -> Iterator[None]:
+    """A fixture of a whole module may adopt orphans before `nothing_left` first looks."""
+    yield
+    procs.set_adopting(adopting=False)
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     """Fails the test that leaves a child, zombie, descriptor or thread; there is no way to opt out."""

@@ -127,9 +127,9 @@ def test_an_address_of_another_machine_is_told_from_a_busy_one(port: int) -> Non
 
 def test_without_netlink_the_tables_of_proc_give_the_same_answer(port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with held("0.0.0.0", port), held("::1", port, v6only=True):
-        by_netlink = sockdiag.listeners(port)
+        by_netlink = sorted(sockdiag.listeners(port), key=lambda s: s.address)
         monkeypatch.setattr(sockdiag, "_NETLINK_SOCK_DIAG", 9999)
-        by_proc = sockdiag.listeners(port)
+        by_proc = sorted(sockdiag.listeners(port), key=lambda s: s.address)
     assert len(by_proc) == 2
     assert [(s.address, s.inode, s.uid, s.state) for s in by_netlink] == [(s.address, s.inode, s.uid, s.state) for s in by_proc]
     assert [s.v6only for s in by_netlink] == [None, True]
