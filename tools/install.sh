@@ -66,6 +66,15 @@ need_python() {
     python_fits "$PYTHON" || die "$PYTHON cannot make virtual environments (no module ensurepip)" "install your distribution's package of it"
 }
 
+engine_is_wanted() { [ -z "${VLLMD_ENGINE_EXECUTABLE:-}" ] && [ "${VLLMD_INSTALL_ENGINE:-yes}" != no ]; }
+
+need_libraries() {
+    engine_is_wanted || return 0
+    if engine_is_cpu_build "$ENGINES" && numa_is_missing; then
+        install_or_die "vLLM's CPU build needs libnuma" libnuma1
+    fi
+}
+
 python_is_new_enough() { "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
 # A copy, so that the build leaves nothing of root's in the checkout, and so that any user can read it.
@@ -157,8 +166,7 @@ YAML
 }
 
 install_engine() {
-    if [ -n "${VLLMD_ENGINE_EXECUTABLE:-}" ] || [ "${VLLMD_INSTALL_ENGINE:-yes}" = no ]; then return 0; fi
-    if engine_is_cpu_build "$ENGINES" && numa_is_missing; then install_or_die "vLLM's CPU build needs libnuma" libnuma1; fi
+    engine_is_wanted || return 0
     reinstall=
     if [ -e "$ENGINES/current" ]; then
         if engine_works "$ENGINES" || [ ! -e "$ENGINES/current/vllmd-engine.json" ]; then return 0; fi
@@ -190,6 +198,7 @@ install_all() {
     refuse_beside_package
     { has systemd-sysusers && has systemd-tmpfiles; } || die "systemd is not installed" "vllmd runs as a systemd unit; in a container: make run"
     need_python
+    need_libraries
     copy_source
     install_program
     install_units

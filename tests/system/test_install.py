@@ -1,4 +1,4 @@
-"""`make install` and `make uninstall` on a fresh Debian 12, without network."""
+"""`make install` and `make uninstall` on a fresh Debian (12, or what VLLMD_TEST_SUITE says), without network."""
 
 from __future__ import annotations
 
@@ -52,6 +52,15 @@ def test_installation_that_fails_changes_nothing(host: Host) -> None:
 def test_installation_needs_root(host: Host) -> None:
     done = host.run("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "/mnt/checkout/tools/install.sh", check=False)
     assert (done.status, done.err.splitlines()[1]) == (77, "  hint: sudo make install")
+
+
+def test_installation_without_libnuma_or_network_names_the_package_and_changes_nothing(bare: Host) -> None:
+    """The CPU build needs it, and a minimal Debian has none: met only when the engine had been downloaded and was started."""
+    bare.shell("dpkg --remove --force-depends libnuma1")
+    done = bare.install(check=False, VLLMD_INSTALL_ENGINE="yes")
+    assert done.status == 1
+    assert done.err.splitlines()[-1] == "  hint: sudo apt-get install -y --no-install-recommends libnuma1"
+    assert bare.shell("ls /usr/local/bin").out == ""
 
 
 def test_uninstall_leaves_nothing_but_what_is_the_operator_s(bare: Host) -> None:

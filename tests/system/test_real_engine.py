@@ -16,6 +16,7 @@ from tests.system.tree import cache_directory, debian_tree
 pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(600)]
 
 ENGINES = Path(os.environ.get("VLLMD_TEST_ENGINES") or cache_directory() / "engines")
+FINDS_ITSELF = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
 COMPLETION = """
 import json, sys, urllib.request as r
 body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}).encode()
@@ -28,7 +29,7 @@ print(json.load(r.urlopen(ask, timeout=60))["usage"]["completion_tokens"])
 def real(binds: dict[str, Path]) -> Iterator[Host]:
     need((ENGINES / "current/bin/vllm").exists(), f"a real vLLM in {ENGINES} (vllmctl engine install, or make setup)")
     with Container(debian_tree(), {**binds, "/opt/vllmd/engines": ENGINES}) as container:
-        need(container.run("/opt/vllmd/engines/current/bin/python", "-c", "import sys", check=False).status == 0, "an engine whose Python is the container's")
+        need(container.run("/opt/vllmd/engines/current/bin/python", "-c", FINDS_ITSELF, check=False).status == 0, "an engine whose Python is the container's")
         yield Host(container)
 
 
