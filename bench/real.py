@@ -36,6 +36,15 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
+class Bare:
+    """`left`: processes that outlive the SIGKILL of the main one; `kernel_s`: to free its memory and then theirs."""
+
+    total_s: float
+    left: int
+    kernel_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class Supervised:
     """Seconds of one start by vllmd. `total_s`: to the first token that we got after READY=1; `proof_s`: from 200 on
     /health to READY=1, the engine's work on a token included; `cpu_s`: the supervisor's own until then."""
@@ -53,31 +62,31 @@ def run() -> list[Figure]:
         return [Figure("time of a start spent outside the engine", bar=BAR_S, missing="no real vLLM: make setup")]
     with Place(cgroup=group.available(), config=_config(engines), engines=engines) as place:
         recipe = _warm_up(place)
-        bare, supervised, left = [], [], []
+        bare: list[Bare] = []
+        supervised: list[Supervised] = []
         for number in range(PAIRS):
             say(f"pair {number + 1} of {PAIRS}")
             for turn in ("bare", "vllmd") if number % 2 else ("vllmd", "bare"):
                 if turn == "vllmd":
                     supervised.append(_supervised(place))
                 else:
-                    seconds, orphans = _bare(place, recipe)
-                    bare.append(seconds)
-                    left.append(orphans)
-    return _figures(bare, supervised, left)
+                    bare.append(_bare(place, recipe))
+    return _figures(bare, supervised)
 
 
-def _figures(bare: list[float], supervised: list[Supervised], left: list[int]) -> list[Figure]:
-    outside = [ours.total_s - theirs for ours, theirs in zip(supervised, bare, strict=True)]
+def _figures(bare: list[Bare], supervised: list[Supervised]) -> list[Figure]:
+    outside = [ours.total_s - theirs.total_s for ours, theirs in zip(supervised, bare, strict=True)]
     pairs = " ".join(f"{each:+.2f}" for each in outside)
-    orphans = f"bare: {min(left)} to {max(left)} processes left after {killing.ORPHAN_S:g} s"
+    orphans = f"bare: {min(each.left for each in bare)} processes left after {killing.ORPHAN_S:g} s"
+    kernel = compared("the kernel alone, main process then the rest", [each.kernel_s for each in bare])
     totals = [each.total_s for each in supervised]
     return [
         Figure("real vLLM: time of a start outside the engine (paired)", outside, bar=BAR_S, against=f"the pairs: {pairs}"),
-        Figure("  the whole start by vllmd, to one token after READY=1", totals, against=compared("bare `vllm serve`, to one token", bare)),
+        Figure("  the whole start by vllmd, to one token after READY=1", totals, against=compared("bare `vllm serve`, to one token", [each.total_s for each in bare])),
         Figure("  of it before the engine's process", [each.before_spawn_s for each in supervised], against="exec of `vllmd run` to fork"),
         Figure("  of it from 200 on /health to READY=1", [each.proof_s for each in supervised], against="the engine's work on the first token included"),
         Figure("  the supervisor's own CPU time until then", [each.cpu_s for each in supervised]),
-        Figure("real vLLM: SIGKILL of its main process to nothing left", [each.killed.empty_s for each in supervised], bar=killing.EMPTY_BAR_S, against=orphans),
+        Figure("real vLLM: SIGKILL of its main process to nothing left", [each.killed.empty_s for each in supervised], bar=killing.EMPTY_BAR_S, against=f"{orphans}; {kernel}"),
         Figure("  to the supervisor's exit", [each.killed.exit_s for each in supervised], bar=killing.EXIT_BAR_S),
     ]
 
@@ -125,8 +134,8 @@ def _phase(metrics: str, name: str) -> float:
     return float(found[1]) if found else 0.0
 
 
-def _bare(place: Place, recipe: Recipe) -> tuple[float, int]:
-    """(seconds to the first token, processes that outlive the SIGKILL of the main one)."""
+def _bare(place: Place, recipe: Recipe) -> Bare:
+    """Without vllmd, to the first token; then what is left when its main process is killed."""
     with (place.root / "bare.log").open("wb") as log:
         began = time.monotonic()
         child = subprocess.Popen(recipe.argv, env=recipe.env, cwd=recipe.cwd, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
@@ -139,13 +148,13 @@ def _bare(place: Place, recipe: Recipe) -> tuple[float, int]:
         seconds = time.monotonic() - began
         family = processes.marked(MARK, str(place.root))
         blocks = set().union(*map(processes.shared_memory, family))
-        child.kill()
-        child.wait()
+        kernel = processes.kill_and_wait([child.pid])
         time.sleep(killing.ORPHAN_S)
-        left = sum(map(processes.is_alive, family))
+        left = [pid for pid in family if processes.is_alive(pid)]
+        kernel += processes.kill_and_wait(left)
         for block in blocks:
             block.unlink(missing_ok=True)
-        return seconds, left
+        return Bare(seconds, len(left), kernel)
     finally:
         child.kill()
         processes.end(processes.marked(MARK, str(place.root)))
