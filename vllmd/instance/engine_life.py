@@ -7,7 +7,6 @@ import contextlib
 import json
 import os
 import signal
-import uuid
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -104,7 +103,7 @@ class EngineLife:
         command = self.engine.command(self.context, str(model.directory))
         self._secrets = command.secrets
         self._write_private(command)
-        launch_id = uuid.uuid4().hex
+        launch_id = os.urandom(16).hex()
         self._board.phase("spawn")
         self._board.set(launch_id=launch_id)
         self._journal.bind(launch=launch_id)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import stat
 from pathlib import Path
 
@@ -56,7 +55,7 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644, fsync: boo
     nothing changed and nothing is left. The directory must exist; a symlink at `path` is replaced, never followed."""
     content = data.encode() if isinstance(data, str) else data
     directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    temporary = f".{path.name[:100]}.{secrets.token_hex(6)}{_TEMPORARY}"
+    temporary = f".{path.name[:100]}.{os.urandom(6).hex()}{_TEMPORARY}"
     try:
         try:
             _write_new(directory, temporary, content, mode, sync=fsync)

@@ -82,21 +82,28 @@ class _TooLargeError(Exception):
 async def _exchange(
     endpoint: Endpoint, method: str, path: str, body: bytes, headers: Mapping[str, str], limit_bytes: int
 ) -> tuple[int, bytes]:
-    connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD_BYTES)
-    fields = {"Host": _host(endpoint), "User-Agent": "vllmd", "Accept": "*/*", **headers}
-    if body or method not in ("GET", "HEAD"):
-        fields["Content-Length"] = str(len(body))
-    sent = connection.send(h11.Request(method=method, target=path, headers=list(fields.items()))) or b""
-    sent += (connection.send(h11.Data(data=body)) or b"") if body else b""
-    sent += connection.send(h11.EndOfMessage()) or b""
     loop = asyncio.get_running_loop()
+    # First: a starting engine refuses hundreds of probes while it needs every core, and those need no request.
     link = await _connect(loop, endpoint)
     try:
+        connection = h11.Connection(h11.CLIENT, max_incomplete_event_size=_HEAD_BYTES)
+        sent = _request_bytes(connection, endpoint, method, path, body, headers)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer 4xx without reading all of it
             await loop.sock_sendall(link, sent)
         return await _receive(loop, link, connection, limit_bytes)
     finally:
         link.close()
+
+
+def _request_bytes(
+    connection: h11.Connection, endpoint: Endpoint, method: str, path: str, body: bytes, headers: Mapping[str, str]
+) -> bytes:
+    fields = {"Host": _host(endpoint), "User-Agent": "vllmd", "Accept": "*/*", **headers}
+    if body or method not in ("GET", "HEAD"):
+        fields["Content-Length"] = str(len(body))
+    sent = connection.send(h11.Request(method=method, target=path, headers=list(fields.items()))) or b""
+    sent += (connection.send(h11.Data(data=body)) or b"") if body else b""
+    return sent + (connection.send(h11.EndOfMessage()) or b"")
 
 
 async def _receive(loop: asyncio.AbstractEventLoop, link: socket.socket, connection: h11.Connection, limit_bytes: int) -> tuple[int, bytes]:
