@@ -4,6 +4,7 @@
     ├── UsageError          64  wrong command line
     ├── ModelInvalid        65  the model is there but is not valid
     ├── ModelNotFound       66  no source has the model
+    │   └── SourceUnavailable   it could not be asked, or did not give what it offered: worth asking again
     ├── GpuUnavailable      69  a GPU is lost or gated: a person must act
     ├── EngineFailed        70  the engine died
     ├── StorageFailed       74  disk full or storage failing
@@ -71,6 +72,10 @@ class ModelInvalid(VllmdError):
 
 class ModelNotFound(VllmdError):
     status = Status.NOINPUT
+
+
+class SourceUnavailable(ModelNotFound):
+    """A network, a server or a limit of its, not the model, was at fault: the resolve stage asks again (never for a refusal)."""
 
 
 class GpuUnavailable(VllmdError):

@@ -28,7 +28,7 @@ LAYERS = [
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 PURE = {"os", "socket", "subprocess", "time", "logging", "asyncio", "threading", "signal"}
-CHILD_ONLY = {"pynvml", "boto3", "huggingface_hub", "blake3"}
+CHILD_ONLY = {"pynvml", "boto3", "botocore", "huggingface_hub", "hf_xet", "blake3"}
 
 
 def layer(module: str) -> str:

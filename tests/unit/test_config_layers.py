@@ -106,6 +106,8 @@ SAMPLES: Mapping[str, str] = {
     "log.level": "error",
     "log.line_max_bytes": "512",
     "model.verify": "sha256",
+    "model.fetch_connections": "7",
+    "model.require_revision": "commit",
     "gpus": "3",
 }
 

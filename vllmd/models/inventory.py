@@ -17,7 +17,7 @@ from vllmd.errors import ModelInvalid
 
 MAX_FILES = 100_000
 MAX_DEPTH = 16
-OWN_FILES = (".complete", ".vllm-model-provenance", ".vllm-integrity-cache")
+OWN_FILES = (".complete", ".vllm-model-provenance", ".vllm-integrity-cache", ".vllmd-manifest.json")
 """Written by tools, not part of the model."""
 
 

@@ -20,7 +20,7 @@ from vllmd.models.identity import hash12
 from vllmd.models.ioerrors import translated
 from vllmd.models.lock import locked
 from vllmd.models.places import is_directory
-from vllmd.models.sources import Candidate, Context, Found, NotFound
+from vllmd.models.sources import Candidate, Context, Found, NotFound, Offered
 from vllmd.models.validate import Checks, checks_of, validate
 from vllmd.models.wire import Progress
 
@@ -110,6 +110,8 @@ def _outcome(source: sources.Source, request: ModelRequest, context: Context, re
         return _failed(source, translated(error, f"look into {source.label}"))
     if isinstance(finding, Found):
         return _choose(source, request, finding.candidates, checks_of(context.settings), report, rejected)
+    if isinstance(finding, Offered):
+        raise NotImplementedError(source.name)
     return Outcome(source.name, "not found" if isinstance(finding, NotFound) else "skipped", finding.reason)
 
 

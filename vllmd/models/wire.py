@@ -18,13 +18,16 @@ MAX_REQUEST_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`phase` is lock, resolve, fetch or verify; `text` one line for a person; `total_bytes` 0 where it is not known."""
+    """`phase` is lock, resolve, fetch or verify; `text` one line for a person; `total_bytes` 0 where it is not known;
+    `bytes_per_s` over the last seconds; `eta_s` -1 where nobody can say."""
 
     phase: str
     source: str = ""
     done_bytes: int = 0
     total_bytes: int = 0
     text: str = ""
+    bytes_per_s: int = 0
+    eta_s: int = -1
 
     @property
     def fraction(self) -> float | None:
@@ -95,7 +98,7 @@ def decode_event(line: bytes | str) -> Event:
 def _event(name: str, document: dict[str, Any]) -> Event:
     match name:
         case "progress":
-            _require(document, {"phase": str, "source": str, "done_bytes": int, "total_bytes": int, "text": str})
+            _require(document, {"phase": str, "source": str, "done_bytes": int, "total_bytes": int, "text": str, "bytes_per_s": int, "eta_s": int})
             return Progress(**document)
         case "resolved":
             _require(document, dict.fromkeys(("identity", "directory", "via", "revision", "manifest_sha256"), str) | {"bytes": int})

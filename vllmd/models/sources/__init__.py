@@ -1,7 +1,8 @@
 """Where a model can come from: one file per source, made known by one line here, imported when it is first asked.
 
-A source answers `find`: candidates in order of preference, or why it has none. It does not judge them: resolve validates
-each and takes the first that is whole. A source that downloads will also have a `fetch`; resolve knows nothing of networks.
+A source answers `find`: candidates on this host in order of preference, or what it offers over a network (models/remote), or
+why it has none. It does not judge them: resolve validates each and takes the first that is whole; obtain fetches what is
+offered.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from typing import Protocol, cast
 
 from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest
+from vllmd.models.remote import Listing, Transport
 
 _REGISTRY = {
     "bundled": "vllmd.models.sources.bundled:Bundled",
     "local": "vllmd.models.sources.local:Local",
     "hf-cache": "vllmd.models.sources.hf_cache:HubCache",
-    "r2": "vllmd.models.sources.unavailable:R2",
-    "hf-hub": "vllmd.models.sources.unavailable:Hub",
+    "r2": "vllmd.models.sources.s3:S3",
+    "hf-hub": "vllmd.models.sources.hf_hub:Hub",
 }
 
 
@@ -57,7 +59,15 @@ class Skipped:
     reason: str
 
 
-Finding = Found | NotFound | Skipped
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """A network source has it: what, and how to ask for the bytes. models/obtain does the rest."""
+
+    listing: Listing
+    transport: Transport
+
+
+Finding = Found | Offered | NotFound | Skipped
 
 
 class Source(Protocol):
@@ -66,7 +76,8 @@ class Source(Protocol):
     """For people, after 'Checking '."""
 
     def find(self, request: ModelRequest, context: Context) -> Finding:
-        """Looks, changes nothing. OSError where a place cannot be read."""
+        """Looks, changes nothing. OSError where a place cannot be read; SourceUnavailable where a network source is worth asking
+        again; any other VllmdError where it refuses (PermissionMissing, with what to do)."""
 
 
 def get(name: str) -> Source:
