@@ -1,5 +1,8 @@
 """One resolution of a model at a time: a flock per identity in the store, so that two hosts' or users' tools with other caches meet on it too.
 
+The holder writes into the lock file who it is and how far it came. Who waits shows that, and gives up only on a holder that
+makes no progress: another instance may download for hours.
+
 A lock file is an attractive target in a shared directory: it is opened without following links, must be a regular file
 with one name, and must belong to this user, to root, or to the owner of the store.
 """
@@ -13,6 +16,7 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.errors import PermissionMissing, TryLater
@@ -22,18 +26,37 @@ from vllmd.models.places import present
 DIRECTORY = ".locks"
 POLL_S = 0.05
 SAY_AGAIN_S = 10.0
+SAY_S = 1.0
+SAID_CHARS = 100
+
+
+@dataclass(slots=True)
+class Lock:
+    """The identity's lock, held."""
+
+    fd: int
+    said_at: float = float("-inf")
+
+    def say(self, text: str) -> None:
+        """How far the holder came, for those who wait; they wait on as long as it changes. Once a second at most is written.
+        A disk too full for that is no reason to stop."""
+        now = time.monotonic()
+        if now - self.said_at >= SAY_S:
+            self.said_at = now
+            _sign(self.fd, text)
 
 
 @contextmanager
-def locked(store: Path, hash12: str, timeout_s: float, waiting: Callable[[str], None]) -> Iterator[None]:
-    """Hold the identity's lock. `waiting` is told who holds it, at once and then every 10 s. TryLater after `timeout_s`."""
+def locked(store: Path, hash12: str, timeout_s: float, waiting: Callable[[str], None]) -> Iterator[Lock]:
+    """Hold the identity's lock. `waiting` is told who holds it, at once and then every 10 s. TryLater after `timeout_s` in
+    which the holder said nothing new."""
     path = store / DIRECTORY / f"vllm-model.{hash12}.lock"
     with explained(f"open {path}"):
         fd = _open(store, path)
     try:
         _acquire(fd, path, timeout_s, waiting)
         _sign(fd)
-        yield
+        yield Lock(fd)
     finally:
         os.close(fd)
 
@@ -95,33 +118,41 @@ def _refused(path: Path, reason: str) -> PermissionMissing:
 
 
 def _acquire(fd: int, path: Path, timeout_s: float, waiting: Callable[[str], None]) -> None:
-    started = time.monotonic()
-    said = -SAY_AGAIN_S
-    while True:
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            waited = time.monotonic() - started
-        if waited >= timeout_s:
-            what = f"{path} is held by {_holder(fd)}; waited {waited:.0f} s"
+    seen, told = _holder(fd), float("-inf")
+    since = time.monotonic()
+    while not _taken(fd):
+        now = time.monotonic()
+        holder = _holder(fd)
+        if holder != seen:
+            seen, since = holder, now
+        if now - since >= timeout_s:
+            what = f"{path} is held by {holder}; waited {now - since:.0f} s without seeing progress"
             raise TryLater("model_locked", what, "Another resolution of this model runs; wait for it, or end it.")
-        if waited - said >= SAY_AGAIN_S:
-            said = waited
-            waiting(f"waiting for {_holder(fd)}, who resolves the same model ({waited:.0f} s of {timeout_s:.0f} s)")
-        time.sleep(min(POLL_S, max(timeout_s - waited, 0.001)))
+        if now - told >= SAY_AGAIN_S:
+            told = now
+            waiting(f"waiting for {holder}, which resolves the same model (gives up after {timeout_s:.0f} s without progress)")
+        time.sleep(min(POLL_S, max(timeout_s - (now - since), 0.001)))
 
 
-def _sign(fd: int) -> None:
-    """Who holds it, for those who wait. A disk too full for that is no reason to stop."""
-    text = f"pid {os.getpid()} on {socket.gethostname()}\n".encode()
+def _taken(fd: int) -> bool:
     try:
-        os.ftruncate(fd, 0)
-        os.pwrite(fd, text, 0)
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _sign(fd: int, text: str = "") -> None:
+    """Who holds it, and how far it is. Overwritten before it is cut, so that no reader finds it empty."""
+    shown = "".join(char for char in text if char.isprintable())[:SAID_CHARS]
+    line = f"pid {os.getpid()} on {socket.gethostname()}{': ' if shown else ''}{shown}\n".encode()
+    try:
+        os.pwrite(fd, line, 0)
+        os.ftruncate(fd, len(line))
     except OSError:
         pass
 
 
 def _holder(fd: int) -> str:
-    text = os.pread(fd, 200, 0).decode("utf-8", "replace").strip()
+    text = os.pread(fd, 500, 0).decode("utf-8", "replace").partition("\n")[0].strip()
     return text if text.isprintable() and text else "another process"
