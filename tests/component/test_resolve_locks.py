@@ -14,7 +14,6 @@ import pytest
 
 from tests import tiny_models
 from tests.needs import need
-from vllmd.config.settings import Model
 from vllmd.errors import PermissionMissing, TryLater
 from vllmd.models import demo
 from vllmd.models.lock import locked
@@ -101,11 +100,11 @@ def test_lock_of_a_stranger_is_refused_and_stops_the_resolution(tmp_path: Path) 
     need(os.geteuid() == 0, "root, to make a file of another user")
     demo.make(tmp_path / "Tiny")
     asked = tiny_models.request(tmp_path)
-    resolve(asked, Model(), {}, nothing)
+    resolve(asked, tiny_models.settings(), {}, nothing)
     [lock] = (tmp_path / ".locks").iterdir()
     os.chown(lock, 12345, 12345)
     with pytest.raises(PermissionMissing, match="belongs to uid 12345"):
-        resolve(asked, Model(), {}, nothing)
+        resolve(asked, tiny_models.settings(), {}, nothing)
 
 
 def test_what_root_leaves_in_a_services_store_is_the_services(tmp_path: Path) -> None:
@@ -113,10 +112,10 @@ def test_what_root_leaves_in_a_services_store_is_the_services(tmp_path: Path) ->
     need(os.geteuid() == 0, "root")
     os.chown(tmp_path, 12345, 12345)
     demo.make(tmp_path / "Tiny")
-    resolve(tiny_models.request(tmp_path), Model(), {}, nothing)
+    resolve(tiny_models.request(tmp_path), tiny_models.settings(), {}, nothing)
     [lock] = (tmp_path / ".locks").iterdir()
     assert (lock.stat().st_uid, lock.parent.stat().st_uid) == (12345, 12345)
-    resolve(tiny_models.request(tmp_path), Model(), {}, nothing)
+    resolve(tiny_models.request(tmp_path), tiny_models.settings(), {}, nothing)
 
 
 def test_model_in_use_cannot_be_collected(tmp_path: Path) -> None:
@@ -134,6 +133,7 @@ def test_model_in_use_cannot_be_collected(tmp_path: Path) -> None:
 
 
 def test_hold_survives_no_exec(tmp_path: Path) -> None:
-    with hold(tmp_path) as held:
-        assert not os.get_inheritable(held.fd)
-    held.close()
+    with hold(tmp_path):
+        held = [int(fd.name) for fd in Path("/proc/self/fd").iterdir() if fd.is_symlink() and fd.readlink() == tmp_path]
+        assert held
+        assert not any(os.get_inheritable(fd) for fd in held)

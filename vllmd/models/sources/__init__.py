@@ -24,6 +24,8 @@ _REGISTRY = {
     "r2": "vllmd.models.sources.s3:S3",
     "hf-hub": "vllmd.models.sources.hf_hub:Hub",
 }
+NETWORK = frozenset({"r2", "hf-hub"})
+"""These are not asked when `model.offline` is set."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +38,12 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A directory that should hold the model. `directory` is a real path; `revision` the commit where known."""
+    """A directory that should hold the model. `directory` is a real path; `revision` the commit where known; `warning` what a
+    person should know if it is taken."""
 
     directory: Path
     revision: str = ""
+    warning: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,8 @@
 """Directories of this host: what is published in the store, what the existing tools put there, and a user's own.
 
     path given                  that directory, wherever it is
-    STORE/<slug>.<hash12>       a link to a published version, or a directory whose provenance file speaks for the model
+    STORE/<slug>.<hash12>       a link to a published version that is whole by its manifest, or a directory whose provenance file
+                                speaks for the model
     STORE/NAME.<hash12>         the same, as the existing tools name it
     STORE/NAME                  a user's own: only if no revision is asked, and no provenance speaks against it
 """
@@ -9,12 +10,14 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllmd.core.plan import ModelRequest
 from vllmd.models import provenance
 from vllmd.models.identity import hash12, label
 from vllmd.models.places import is_directory, present
+from vllmd.models.published import fault, manifest_of
 from vllmd.models.sources import Candidate, Context, Finding, Found, NotFound
 from vllmd.models.store import PUBLISHED, published_target
 
@@ -26,16 +29,51 @@ class Local:
     def find(self, request: ModelRequest, context: Context) -> Finding:  # noqa: ARG002 - the settings say nothing more
         if request.path:
             return _given(Path(request.path))
-        found: list[Candidate] = []
-        reasons: list[str] = []
+        looked = _Looked(request)
         for path in _hashed(request):
-            _add(_hashed_reason(path, request), path, found, reasons)
+            looked.at(path, _hashed_reason(path, request))
         plain = request.store / request.name
         if request.name and present(plain):
-            _add(_plain_reason(plain, request), plain, found, reasons)
-        if not reasons and not found:
-            return NotFound(f"no {request.name or label(request)} in {request.store}")
-        return Found(tuple(found)) if found else NotFound("; ".join(reasons))
+            looked.at(plain, _plain_reason(plain, request))
+        return looked.finding()
+
+
+@dataclass(slots=True)
+class _Looked:
+    """What was found so far. Several links lead to one published version."""
+
+    request: ModelRequest
+    found: list[Candidate] = field(default_factory=list)
+    reasons: list[str] = field(default_factory=list)
+    versions: set[Path] = field(default_factory=set)
+
+    def at(self, path: Path, reason: str) -> None:
+        """A place, and why it is not the model ('' if it is)."""
+        if reason:
+            self.reasons.append(f"{path} {reason}")
+            return
+        version = published_target(self.request.store, path) if path.is_symlink() else None
+        if version is None:
+            self.found.append(Candidate(Path(os.path.realpath(path))))
+        elif version not in self.versions:
+            self.versions.add(version)
+            self._published(version)
+
+    def _published(self, directory: Path) -> None:
+        """Without a manifest it is judged like any directory: state of our own never stops a start."""
+        contents = manifest_of(directory)
+        if contents is None:
+            self.found.append(Candidate(directory, warning=f"{directory} has no manifest that can be read: only its headers are checked"))
+        elif reason := fault(directory, contents):
+            self.reasons.append(f"{directory} {reason}")
+        else:
+            self.found.append(Candidate(directory, contents.revision))
+
+    def finding(self) -> Finding:
+        if self.found:
+            return Found(tuple(self.found))
+        store, request = self.request.store, self.request
+        return NotFound("; ".join(self.reasons) or f"no {request.name or label(request)} in {store}")
 
 
 def _given(path: Path) -> Finding:
@@ -48,13 +86,6 @@ def _hashed(request: ModelRequest) -> list[Path]:
     named = f"{request.name}.{hash12(request.identity)}" if request.name else label(request)
     paths = [request.store / name for name in dict.fromkeys((label(request), named))]
     return [path for path in paths if present(path)]
-
-
-def _add(reason: str, path: Path, found: list[Candidate], reasons: list[str]) -> None:
-    if reason:
-        reasons.append(f"{path} {reason}")
-    else:
-        found.append(Candidate(Path(os.path.realpath(path))))
 
 
 def _hashed_reason(path: Path, request: ModelRequest) -> str:

@@ -1,0 +1,102 @@
+"""Publishes tiny models, step by step or in a process of its own, and says what is wrong with a store afterwards."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from blake3 import blake3
+
+from tests import tiny_models
+from vllmd.core.plan import ModelRequest
+from vllmd.models import publish
+from vllmd.models.contents import Contents, Entry
+from vllmd.models.identity import hash12, label
+from vllmd.models.lock import locked, private_directory
+from vllmd.models.published import directories, fault, manifest_of
+from vllmd.models.store import published_target
+
+
+def quiet(_text: str) -> None:
+    pass
+
+
+def content(number: int, size: int = 4096) -> Mapping[str, bytes]:
+    """The files of version NUMBER: the same names for all, some of the same bytes, some of other ones."""
+    return {
+        "config.json": b'{"model_type": "llama"}',
+        "tokenizer.json": b"{}",
+        "LICENSE": b"free\n" * 10,
+        "model.safetensors": _safetensors(bytes([number % 256]) * size),
+        "sub/notes.txt": f"version {number}\n".encode(),
+    }
+
+
+def _safetensors(data: bytes) -> bytes:
+    header = json.dumps({"weight": {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}}).encode()
+    return struct.pack("<Q", len(header)) + header + data
+
+
+def stage(store: Path, asked: ModelRequest, files: Mapping[str, bytes], created_at: str = "2026-01-01T00:00:00Z", source: str = "r2") -> tuple[Path, Contents]:
+    """What a finished download leaves: the directory, and what describes it."""
+    directory = private_directory(private_directory(store, ".staging"), label(asked)) / "files"
+    if directory.exists():
+        shutil.rmtree(directory)
+    for name, data in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+    entries = {
+        name: Entry(len(data), hashlib.sha256(data).hexdigest(), blake3(data).hexdigest(), f"etag-{hashlib.md5(data).hexdigest()}") for name, data in files.items()
+    }
+    return directory, Contents(asked.identity, source, "s3://bucket/prefix", "", created_at, entries)
+
+
+def publish_version(
+    store: Path,
+    number: int,
+    *,
+    asked: ModelRequest | None = None,
+    keep: int = 2,
+    created_at: str = "",
+    tell: Callable[[str], None] = quiet,
+    size: int = 4096,
+) -> Path:
+    """Version NUMBER of a tiny model, staged and published under its lock; the published directory."""
+    asked = asked or tiny_models.request(store)
+    with locked(store, hash12(asked.identity), 60, tell):
+        staged, contents = stage(store, asked, content(number, size), created_at or f"2026-01-01T{number // 3600 % 24:02}:{number // 60 % 60:02}:{number % 60:02}Z")
+        return publish.publish(store, asked, staged, contents, keep, tell)
+
+
+def wrong(store: Path, asked: ModelRequest, *, deep: bool = True) -> list[str]:
+    """What no kill and no power cut may leave: a link that leads to nothing, or to a version that is not whole to the byte."""
+    link = store / label(asked)
+    if not os.path.lexists(link):
+        return []
+    directory = published_target(store, link)
+    if directory is None:
+        return [f"{link} leads to {os.path.realpath(link)}"]
+    contents = manifest_of(directory)
+    if contents is None:
+        return [f"{directory} has no manifest"]
+    found = [reason] if (reason := fault(directory, contents)) else []
+    for name, entry in contents.files.items() if deep else ():
+        if hashlib.sha256((directory / name).read_bytes()).hexdigest() != entry.sha256:
+            found.append(f"{directory / name} has other bytes")
+    return found
+
+
+def half(store: Path) -> list[str]:
+    """What may lie about after a kill, but no longer after the next publication."""
+    found = [str(path) for path in (store / ".published").glob("*/.link.*")]
+    found += [str(path) for path in (store / ".trash").glob("*")]
+    found += [str(path) for path in store.glob("*.bak.*")]
+    found += [str(path) for path in store.glob(".staging/*/files")]
+    found += [f"{path} is not whole" for path in directories(store) if (contents := manifest_of(path)) is None or fault(path, contents)]
+    return found
