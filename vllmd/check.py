@@ -16,6 +16,7 @@ from vllmd.config.redact import redact_argv, redact_text
 from vllmd.config.values import printable
 from vllmd.core.plan import Plan
 from vllmd.errors import ConfigError, VllmdError
+from vllmd.models.whereabouts import whereabouts
 from vllmd.stages import Prepared
 
 
@@ -68,7 +69,12 @@ def describe(plan: Plan | None, prepared: Prepared) -> dict[str, Any] | None:
             "variant": plan.installed.variant,
             "flags_known": len(plan.installed.flags),
         },
-        "model": {"identity": plan.model.identity, "sources": list(plan.model.sources), "store": str(plan.model.store)},
+        "model": {
+            "identity": plan.model.identity,
+            "sources": list(plan.model.sources),
+            "store": str(plan.model.store),
+            "whereabouts": whereabouts(plan.model, prepared.config.model, prepared.environ),
+        },
         "served_name": plan.served_name,
         "task": plan.task,
         "endpoints": [str(endpoint) for endpoint in plan.endpoints],
@@ -100,6 +106,7 @@ def _text(plan: Plan | None, prepared: Prepared) -> str:
     engine, model, bounds = document["engine"], document["model"], document["deadlines"]
     rows = [
         ("model", f"{model['identity']} (from {', '.join(model['sources'])}), served as {document['served_name']}"),
+        ("now", model["whereabouts"]),
         ("endpoint", ", ".join(document["endpoints"])),
         ("engine", f"{engine['name']} {engine['version'] or 'of unknown version'}, {engine['executable']}"),
         ("gpus", str(document["gpus"])),

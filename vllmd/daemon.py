@@ -27,6 +27,8 @@ from vllmd.instance.locking import InstanceLock
 from vllmd.instance.resolving import resolve
 from vllmd.instance.watching import watch
 from vllmd.models import wire
+from vllmd.models.amounts import size
+from vllmd.models.whereabouts import WORDS
 from vllmd.stages import Prepared
 from vllmd.system.cgroup import choose_family
 from vllmd.system.journal import Journal
@@ -191,8 +193,13 @@ class Daemon:
         await resolve(request, self.prepared.environ, on_event)
 
     def _resolving(self, progress: wire.Progress) -> None:
-        if self.life.state is State.RESOLVING:
-            self.board.progress(progress.fraction, progress.text)
+        if progress.level:
+            self.journal.event("model-progress", progress.text, priority=LEVELS[progress.level])
+        if self.life.state is State.RESOLVING or (self.life.state is State.PROVEN and progress.total_bytes):
+            if progress.total_bytes:
+                self.board.transfer(progress.phase, progress, progress.text)
+            else:
+                self.board.progress(None, progress.text)
         if self._engine is not None and progress.done_bytes:
             self._engine.start.strong()  # bytes of the model that are being verified beside the start
 
@@ -200,7 +207,7 @@ class Daemon:
         self.model = model
         known = self.board.document["model"] or {}
         self.board.set(model={**known, "directory": str(model.directory), "via": model.via})
-        self.journal.event("model-resolved", f"model {model.identity} is {model.directory} (via {model.via})", priority=6)
+        self.journal.event("model-resolved", f"model {model.identity} is {WORDS[model.via]}: {model.directory} ({size(model.bytes)}, via {model.via})", priority=6)
         self.post(ev.ModelResolved())
 
     async def _launch(self) -> None:

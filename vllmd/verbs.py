@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from vllmd import stages
@@ -14,6 +15,7 @@ from vllmd.commandline import two_lines
 from vllmd.config.layers import check_instance_name
 from vllmd.config.paths import SYSTEM, Paths
 from vllmd.config.settings import Config
+from vllmd.config.values import printable
 from vllmd.core.plan import ModelRequest
 from vllmd.errors import ConfigError, VllmdError
 from vllmd.models.wire import Progress
@@ -76,9 +78,22 @@ def preflight(options: argparse.Namespace, paths: Paths) -> int:
     return report.code
 
 
-def _say(progress: Progress) -> None:
-    if progress.text:
-        print(progress.text, file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def _said(name: str) -> Iterator[Callable[[Progress], None]]:
+    """Sentences as lines on stderr; bytes on their way as a bar on a terminal, else each tenth as a line."""
+    from vllmd.ctl_progress import Shown, progress
+
+    with contextlib.ExitStack() as bar:
+        show: list[Callable[[Shown], None]] = []
+
+        def say(event: Progress) -> None:
+            if event.total_bytes:
+                show[:] = show or [bar.enter_context(progress(name))]
+                show[0](Shown(event.phase, event.fraction, event.text))
+            elif event.text:
+                print(printable(event.text), file=sys.stderr, flush=True)
+
+        yield say
 
 
 def _request(prepared: stages.Prepared) -> ModelRequest:
@@ -93,7 +108,8 @@ def resolve(options: argparse.Namespace, paths: Paths) -> int:
     from vllmd.models.resolve import resolve_report
 
     prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
-    report = resolve_report(_request(prepared), prepared.config.model, prepared.environ, _say)
+    with _said(options.name) as say:
+        report = resolve_report(_request(prepared), prepared.config.model, prepared.environ, say)
     print(json.dumps(report))
     if not report["ok"]:
         sys.stderr.write(two_lines("vllmd", report["error"]["what"], report["error"]["hint"]))
@@ -107,8 +123,9 @@ def serve(options: argparse.Namespace, paths: Paths) -> int:
     prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
     where = stages.context(prepared)
     stages.plan(prepared, where)
-    model = resolver.resolve(_request(prepared), prepared.config.model, prepared.environ, _say)
-    model = resolver.verified(model, _request(prepared), prepared.config.model, _say)
+    with _said(options.name) as say:
+        model = resolver.resolve(_request(prepared), prepared.config.model, prepared.environ, say)
+        model = resolver.verified(model, _request(prepared), prepared.config.model, say)
     return serve_instance(where, prepared.engine, model.directory, options.rest, print_cmd=options.print_cmd, dry_run=options.dry_run)
 
 

@@ -17,7 +17,6 @@ import pytest
 
 from tests import tiny_models
 from vllmd.config import envfile
-from vllmd.config.settings import Model
 from vllmd.models import command, demo, wire
 from vllmd.models.identity import hash12
 
@@ -45,7 +44,7 @@ def fetch(line: bytes) -> tuple[int, list[wire.Event], bytes]:
 
 def test_resolved_then_verified(tmp_path: Path) -> None:
     directory = demo.make(tmp_path / "Tiny")
-    status, events, said = fetch(wire.encode_request(tiny_models.request(tmp_path), Model(verify="sha256")))
+    status, events, said = fetch(wire.encode_request(tiny_models.request(tmp_path), tiny_models.settings(verify="sha256")))
     assert (status, said) == (0, b"")
     kinds = [type(event) for event in events if not isinstance(event, wire.Progress)]
     assert kinds == [wire.Resolved, wire.Verified]
@@ -57,7 +56,7 @@ def test_resolved_then_verified(tmp_path: Path) -> None:
 
 def test_failure_is_an_event_and_the_exit_status(tmp_path: Path) -> None:
     (demo.make(tmp_path / "Tiny") / SHARD2).unlink()
-    status, events, said = fetch(wire.encode_request(tiny_models.request(tmp_path), Model()))
+    status, events, said = fetch(wire.encode_request(tiny_models.request(tmp_path), tiny_models.settings()))
     assert (status, said) == (65, b"")
     assert isinstance(events[-1], wire.Failed)
     assert SHARD2 in events[-1].error.what
@@ -66,7 +65,7 @@ def test_failure_is_an_event_and_the_exit_status(tmp_path: Path) -> None:
 def test_bytes_that_are_wrong_fail_after_it_was_resolved(tmp_path: Path) -> None:
     directory = demo.make(tmp_path / "Tiny")
     (directory / "sha256sums.txt").write_text(f"{'0' * 64}  {SHARD2}\n")
-    status, events, _ = fetch(wire.encode_request(tiny_models.request(tmp_path), Model()))
+    status, events, _ = fetch(wire.encode_request(tiny_models.request(tmp_path), tiny_models.settings()))
     assert status == 65
     assert any(isinstance(event, wire.Resolved) for event in events)
     assert not any(isinstance(event, wire.Verified) for event in events)
@@ -83,7 +82,7 @@ def test_ends_when_its_daemon_does(tmp_path: Path) -> None:
     """It waits for a lock, for ever as far as this test is concerned, when the other end of its stdin closes."""
     demo.make(tmp_path / "Tiny")
     asked = tiny_models.request(tmp_path)
-    line = wire.encode_request(asked, Model(lock_timeout_s=600))
+    line = wire.encode_request(asked, tiny_models.settings(lock_timeout_s=600))
     from vllmd.models.lock import locked
 
     with (
@@ -117,6 +116,7 @@ def environment(store: Path, **more: str) -> dict[str, str]:
         "VLLM_MODEL_ORG": "acme",
         "VLLM_MODELS_DIR": str(store),
         "FLOX_ENV_CACHE": str(store.parent / "cache"),
+        "VLLMD_OFFLINE": "1",
     } | more
 
 

@@ -25,8 +25,8 @@ from vllmd.models.wire import Progress
 pytestmark = pytest.mark.component
 
 SHARD2 = "model-00002-of-00002.safetensors"
-FULL = Model(verify="sha256")
-REMEMBERING = Model(verify="sha256", cache_integrity_hash=True)
+FULL = tiny_models.settings(verify="sha256")
+REMEMBERING = tiny_models.settings(verify="sha256", cache_integrity_hash=True)
 
 
 class Check:
@@ -84,7 +84,7 @@ def write_sums(model: Path, form: str = "{sum}  {name}", **changes: str) -> None
 
 
 def test_nothing_is_hashed_unless_asked(check: Check, model: Path) -> None:
-    assert check(Model()) == ""
+    assert check(tiny_models.settings()) == ""
     assert not check.hashed
     assert not check.manifest.exists()
 
@@ -190,46 +190,46 @@ def test_place_for_the_manifest_that_cannot_be_written_is_only_said(check: Check
 @pytest.mark.parametrize("form", ["{sum}  {name}", "{sum} *{name}", "{sum}  ./{name}", "{sum}  {name}\r\n"])
 def test_sums_that_the_model_brings_are_always_checked(check: Check, model: Path, form: str) -> None:
     write_sums(model, form)
-    assert check(Model()) == ""
+    assert check(tiny_models.settings()) == ""
     assert check.hashed[SHARD2] == {"sha256"}
     flip(model / SHARD2)
     with pytest.raises(ModelInvalid, match=f"{SHARD2}: its SHA-256 is "):
-        check(Model())
+        check(tiny_models.settings())
     with pytest.raises(ModelInvalid, match=f"{SHARD2}: its SHA-256 is "):
         check(FULL)
-    assert check(Model(skip_integrity_check=True)) == ""
+    assert check(tiny_models.settings(skip_integrity_check=True)) == ""
 
 
 def test_file_that_the_sums_name_must_be_there(check: Check, model: Path) -> None:
     (model / "sha256sums.txt").write_text(f"{'0' * 64}  absent.safetensors\n")
     with pytest.raises(ModelInvalid, match=r"1 files are missing: absent\.safetensors"):
-        check(Model())
+        check(tiny_models.settings())
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "abc", f"{'0' * 63}  x", f"{'0' * 64}  ../x", f"{'0' * 64}  /etc/passwd", f"{'0' * 64} x"])
 def test_sums_that_say_nonsense_are_refused(check: Check, model: Path, text: str) -> None:
     (model / "sha256sums.txt").write_text(text)
     with pytest.raises(ModelInvalid, match=r"sha256sums\.txt"):
-        check(Model())
+        check(tiny_models.settings())
 
 
 def test_checked_sums_are_remembered_on_request_beside_the_store(check: Check, model: Path) -> None:
     write_sums(model)
     before = tiny_models.tree(model)
-    remembering = Model(cache_integrity_hash=True)
+    remembering = tiny_models.settings(cache_integrity_hash=True)
     check(remembering)
     assert check.hashed
     check(remembering)
     assert not check.hashed
     assert tiny_models.tree(model) == before
-    check(Model())
+    check(tiny_models.settings())
     assert check.hashed
     flip(model / SHARD2)
     with pytest.raises(ModelInvalid):
         check(remembering)
 
 
-@pytest.mark.parametrize("remembering", [Model(cache_integrity_hash=True), REMEMBERING])
+@pytest.mark.parametrize("remembering", [tiny_models.settings(cache_integrity_hash=True), REMEMBERING])
 def test_remembered_sum_that_is_not_the_expected_one_any_more(check: Check, model: Path, remembering: Model) -> None:
     write_sums(model)
     check(remembering)
@@ -244,10 +244,10 @@ def test_cache_of_the_existing_tools_is_believed_on_request(check: Check, model:
     for path in model.glob("*.safetensors"):
         lines.append(f"{path.name} {int(path.stat().st_mtime)} {path.stat().st_size} {hashlib.sha256(path.read_bytes()).hexdigest()}")
     (model / ".vllm-integrity-cache").write_text("\n".join(lines) + "\n")
-    check(Model(cache_integrity_hash=True))
+    check(tiny_models.settings(cache_integrity_hash=True))
     assert not check.hashed
     (model / ".vllm-integrity-cache").write_text("\n".join(["# schema=1", *lines[1:]]))
-    check(Model(cache_integrity_hash=True))
+    check(tiny_models.settings(cache_integrity_hash=True))
     assert check.hashed
 
 

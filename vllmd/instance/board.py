@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from vllmd.core.events import Failure
 from vllmd.core.plan import Plan
+from vllmd.models.wire import Progress
 from vllmd.system.files import write_atomic
 
 SCHEMA = 1
+NO_PROGRESS: Mapping[str, Any] = {"fraction": None, "text": "", "done_bytes": 0, "total_bytes": 0, "bytes_per_s": 0, "eta_s": None}
+"""Bytes while some are on their way; `eta_s` None where nobody can say."""
 FLUSH_S = 0.1
 """A start can log hundreds of percentages a second; nobody reads them faster than this."""
 
@@ -47,7 +50,7 @@ class Board:
             "state": "created",
             "since": now_text(),
             "phase": "",
-            "progress": {"fraction": None, "text": ""},
+            "progress": dict(NO_PROGRESS),
             "engine": None,
             "launch_id": "",
             "model": None,
@@ -77,7 +80,7 @@ class Board:
 
     def state(self, state: str, failure: Failure | None) -> None:
         if state != self.document["state"]:
-            self.document |= {"state": state, "since": now_text(), "progress": {"fraction": None, "text": ""}}
+            self.document |= {"state": state, "since": now_text(), "progress": dict(NO_PROGRESS)}
         self.document["error"] = describe_failure(failure)
         self.now()
 
@@ -88,11 +91,19 @@ class Board:
         if self.document["phase"]:
             self.phase_seconds[self.document["phase"]] = time.monotonic() - self.phase_began
         self.phase_began = time.monotonic()
-        self.document |= {"phase": phase, "progress": {"fraction": None, "text": ""}}
+        self.document |= {"phase": phase, "progress": dict(NO_PROGRESS)}
         self.soon()
 
     def progress(self, fraction: float | None, text: str = "") -> None:
-        self.document["progress"] = {"fraction": fraction, "text": text}
+        self.document["progress"] = {**NO_PROGRESS, "fraction": fraction, "text": text}
+        self.soon()
+
+    def transfer(self, phase: str, moved: Progress, text: str) -> None:
+        """Bytes on their way: of a download, of a verification."""
+        self.phase(phase)
+        counts = {"done_bytes": moved.done_bytes, "total_bytes": moved.total_bytes, "bytes_per_s": moved.bytes_per_s}
+        eta_s = moved.eta_s if moved.eta_s >= 0 else None
+        self.document["progress"] = {"fraction": moved.fraction, "text": text, **counts, "eta_s": eta_s}
         self.soon()
 
     def set(self, **fields: Any) -> None:
@@ -141,7 +152,8 @@ class Board:
             case "checking":
                 return "Checking the host"
             case "resolving":
-                return f"Resolving the model{self._progress_text()}"
+                doing = "Downloading" if document["phase"] == "fetch" else "Resolving"
+                return f"{doing} the model{self._progress_text()}"
             case "draining":
                 return "Stopping: requests in flight may finish"
             case "killing":

@@ -52,6 +52,12 @@ def _start(board: Board, gauge: Any) -> Iterator[Any]:
     for phase, seconds in board.phase_seconds.items():
         phases.add_metric([phase], seconds)
     yield phases
-    fraction = board.document["progress"]["fraction"]
-    if fraction is not None:
-        yield gauge("vllmd_progress_ratio", "Progress of the present phase, 0 to 1", value=fraction)
+    progress = board.document["progress"]
+    if progress["fraction"] is not None:
+        yield gauge("vllmd_progress_ratio", "Progress of the present phase, 0 to 1", value=progress["fraction"])
+    if progress["total_bytes"]:
+        moved = gauge("vllmd_transfer_bytes", "Bytes of the model that the present phase (fetch, verify) has done, and has to do", labels=["phase", "what"])
+        for what in ("done", "total"):
+            moved.add_metric([board.document["phase"], what], progress[f"{what}_bytes"])
+        yield moved
+        yield gauge("vllmd_transfer_bytes_per_second", "Of that, over the last seconds", value=progress["bytes_per_s"])

@@ -19,7 +19,8 @@ MAX_REQUEST_BYTES = 1 << 20
 @dataclass(frozen=True, slots=True)
 class Progress:
     """`phase` is lock, resolve, fetch or verify; `text` one line for a person; `total_bytes` 0 where it is not known;
-    `bytes_per_s` over the last seconds; `eta_s` -1 where nobody can say."""
+    `bytes_per_s` over the last seconds; `eta_s` -1 where nobody can say. `level` is '' for what is only true now, info or
+    warning for what the journal should keep."""
 
     phase: str
     source: str = ""
@@ -28,6 +29,7 @@ class Progress:
     text: str = ""
     bytes_per_s: int = 0
     eta_s: int = -1
+    level: str = ""
 
     @property
     def fraction(self) -> float | None:
@@ -68,7 +70,7 @@ def decode_request(line: bytes) -> tuple[ModelRequest, Model]:
     document = json.loads(line)
     request = document["request"]
     store, sources = Path(request.pop("store")), tuple(request.pop("sources"))
-    settings = document["settings"] | {"sources": tuple(document["settings"]["sources"])}
+    settings = document["settings"] | {key: tuple(document["settings"][key]) for key in ("sources", "exclude")}
     return ModelRequest(**request, store=store, sources=sources), Model(**settings)
 
 
@@ -98,7 +100,7 @@ def decode_event(line: bytes | str) -> Event:
 def _event(name: str, document: dict[str, Any]) -> Event:
     match name:
         case "progress":
-            _require(document, {"phase": str, "source": str, "done_bytes": int, "total_bytes": int, "text": str, "bytes_per_s": int, "eta_s": int})
+            _require(document, {"phase": str, "source": str, "done_bytes": int, "total_bytes": int, "text": str, "bytes_per_s": int, "eta_s": int, "level": str})
             return Progress(**document)
         case "resolved":
             _require(document, dict.fromkeys(("identity", "directory", "via", "revision", "manifest_sha256"), str) | {"bytes": int})

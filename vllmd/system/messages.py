@@ -47,6 +47,13 @@ MESSAGES: dict[str, Kind] = {
         "The model of instance @VLLMD_INSTANCE@ was found and verified",
         "The message names the directory that the engine is given, and the source it came from.\nNothing needs to be done.",
     ),
+    "model-progress": Kind(
+        "a0aa6b00ee8d4c8685449385703615b1",
+        "The model of instance @VLLMD_INSTANCE@ is on its way",
+        "A source has the model and it is downloaded, or a source cannot be reached and is asked again; the message says\n"
+        "which, how much, and from where. An interrupted download goes on where it was, at the next start too.\n"
+        f"`{_LOOK}` shows how far it is; a log of a download that failed lies in .staging/ of the model store.",
+    ),
     "model-failed": Kind(
         "cdf33dea3fef4d9fb84c07a545d75efc",
         "Instance @VLLMD_INSTANCE@ has no usable model",

@@ -1,0 +1,48 @@
+"""How long to go on asking sources that cannot be reached, and how often."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable
+
+from vllmd.models.amounts import duration
+from vllmd.models.wire import Progress
+
+LONGEST_PAUSE_S = 300.0
+SAY_AGAIN_S = 10.0
+
+
+class Patience:
+    """`first_pause_s` doubles with each wait; both clocks begin anew when bytes of a model arrive."""
+
+    def __init__(self, first_pause_s: float, timeout_s: float) -> None:
+        self._first_s = first_pause_s
+        self._timeout_s = timeout_s
+        self._most_bytes = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._since = time.monotonic()
+        self._pause_s = self._first_s
+
+    def saw(self, progress: Progress) -> None:
+        if progress.phase == "fetch" and progress.done_bytes > self._most_bytes:
+            if self._most_bytes:  # the first count is what an earlier attempt left
+                self._begin()
+            self._most_bytes = progress.done_bytes
+
+    def is_over(self) -> bool:
+        return time.monotonic() - self._since >= self._timeout_s
+
+    def wait(self, reason: str, report: Callable[[Progress], None]) -> None:
+        """Sleeps for the next pause, or up to the end of the time allowed, and says so every 10 s."""
+        left_s = self._since + self._timeout_s - time.monotonic()
+        until = time.monotonic() + max(min(self._pause_s * random.uniform(0.8, 1.2), left_s), 0.01)
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+        level = "warning"
+        while (rest := until - time.monotonic()) > 0:
+            text = f"asking again in {duration(rest)} (giving up in {duration(max(left_s, 0))}): {reason}"
+            report(Progress("resolve", text=text, level=level))
+            level = ""
+            time.sleep(min(rest, SAY_AGAIN_S))
