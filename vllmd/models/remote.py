@@ -57,3 +57,17 @@ class Transport(Protocol):
 
     def refused(self, file: RemoteFile, status: int, body: bytes) -> Exception | None:
         """What a final 4xx means, as an error of our tree that is not worth a retry; None where the general words are enough."""
+
+
+class Summed(Protocol):
+    """What a transport may have besides: sums that would cost a question each in the listing (HeadObject of S3)."""
+
+    def sums(self, file: RemoteFile) -> Mapping[str, str]:
+        """Algorithm to hex, of the whole file, as in RemoteFile.sums; {} where there are none or they cannot be had. Asked once
+        for a file that is about to be fetched, from several threads at once; never raises."""
+
+
+def known_sums(transport: Transport, file: RemoteFile) -> Mapping[str, str]:
+    """All that the source can say of the file: the listing's sums, and those that the transport finds out (one question)."""
+    ask = getattr(transport, "sums", None)
+    return {**(ask(file) if ask is not None else {}), **file.sums}
