@@ -11,6 +11,7 @@ All of it under the identity's lock.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
@@ -111,6 +112,8 @@ def _home(store: Path, request: ModelRequest) -> Path:
     home = private_directory(private_directory(store, PUBLISHED), label(request))
     durable.sync_directory(home.parent)
     durable.sync_directory(store)
+    with contextlib.suppress(OSError):  # the store itself may be new, or in a directory that is none of our business
+        durable.sync_directory(store.parent)
     links.clear_unfinished(home)
     return home
 

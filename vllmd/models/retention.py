@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.errors import TryLater, VllmdError
-from vllmd.models import durable, links, published
+from vllmd.models import durable, links, pins, published
 from vllmd.models.ioerrors import explained
 from vllmd.models.lock import locked, private_directory
 from vllmd.models.places import is_real_directory, present
@@ -58,13 +58,11 @@ def retain(store: Path, current: Path, previous: Path | None, keep: int, tell: T
 
 
 def _surplus(store: Path, current: Path, previous: Path | None, keep: int) -> list[Path]:
-    from vllmd.models.pins import pinned
-
-    pins, led_to = pinned(store), links.leading_to(store)
+    pinned, led_to = pins.pinned(store), links.leading_to(store)
     own = [path for path in published.directories(store) if path.parent.name == current.parent.name]
     before = previous.name if previous is not None else ""
     ranked = sorted(own, key=lambda path: (path.name == current.name, path.name == before, _created_at(path)), reverse=True)
-    return [path for path in ranked[max(keep, 1) :] if path.name not in pins and os.path.realpath(path) not in led_to]
+    return [path for path in ranked[max(keep, 1) :] if path.name not in pinned and os.path.realpath(path) not in led_to]
 
 
 def _created_at(directory: Path) -> str:
@@ -75,14 +73,23 @@ def _created_at(directory: Path) -> str:
 def remove_version(store: Path, directory: Path) -> Removed | InUse:
     """Remove a published version, and the store's links to it, if nobody uses it or works on its model. Whether it is pinned
     or current is for the caller to ask. StorageFailed, PermissionMissing; ValueError for what is no published version."""
-    if directory.parent.parent != store / PUBLISHED or not manifest_name(directory):
+    if os.path.realpath(directory.parent.parent) != os.path.realpath(store / PUBLISHED) or not manifest_name(directory):
         raise ValueError(f"{directory} is no published version of {store}")
     with explained(f"remove {directory}"), ExitStack() as stack:
-        try:
-            stack.enter_context(locked(store, directory.parent.name.rpartition(".")[2], 0, lambda _text: None))
-        except TryLater as error:
-            return InUse(directory, f"is being worked on: {error.what}")
-        return _remove(store, directory)
+        problem = lock_label(store, directory.parent.name, stack)
+        result = InUse(directory, problem) if problem else _remove(store, directory)
+        with contextlib.suppress(OSError):
+            directory.parent.rmdir()  # if that was its last version
+        return result
+
+
+def lock_label(store: Path, label: str, stack: ExitStack) -> str:
+    """Takes the lock of the label's identity; else who has it, as what follows on a path."""
+    try:
+        stack.enter_context(locked(store, label.rpartition(".")[2], 0, lambda _text: None))
+    except TryLater as error:
+        return f"is being worked on: {error.what}"
+    return ""
 
 
 def _remove(store: Path, directory: Path) -> Removed | InUse:
@@ -92,14 +99,20 @@ def _remove(store: Path, directory: Path) -> Removed | InUse:
         for link in links.leading_to(store).get(os.path.realpath(directory), []):
             link.unlink()
         durable.sync_directory(store)
-        doomed = private_directory(store, TRASH) / os.urandom(8).hex()
-        directory.rename(doomed)
-        durable.sync_directory(directory.parent)
+        freed, doomed = size(directory), discard(store, directory)
         published.forget_damage(directory)
     # No lock from here on: who waited for it sees at once that the version is gone, and not after the deletion.
-    freed = _size(doomed)
     shutil.rmtree(doomed, ignore_errors=True)
     return Removed(directory, freed)
+
+
+def discard(store: Path, path: Path) -> Path:
+    """Rename into the trash, durable, so that nothing half of it stays in its place; where it is now. OSError."""
+    doomed = private_directory(store, TRASH) / os.urandom(8).hex()
+    path.rename(doomed)
+    durable.sync_directory(path.parent)
+    durable.sync_directory(doomed.parent)
+    return doomed
 
 
 @contextmanager
@@ -125,7 +138,8 @@ def _claimed(directory: Path, stack: ExitStack) -> str:
     return ""
 
 
-def _size(directory: Path) -> int:
+def size(directory: Path) -> int:
+    """Bytes that go with it: files with other names elsewhere are not counted. OSError."""
     return sum(status.st_size for path in durable.files(directory) if (status := path.lstat()).st_nlink == 1)
 
 
@@ -137,4 +151,4 @@ def empty_trash(store: Path, tell: Tell) -> None:
     for path in list(trash.iterdir()):
         shutil.rmtree(path, ignore_errors=True)
         if present(path):
-            tell(f"{path} could not be deleted")
+            tell(f"{path} could not be deleted; the next publication tries again")
