@@ -1,0 +1,136 @@
+"""Moves the bytes of a body from a socket into a file.
+
+Plain: splice(2), socket to pipe to file, which copies each byte once and never shows it to Python (1.7 s of CPU for 3.2 GB
+against 2.5 s by recv and write). Encrypted, or on a file system without splice: through one buffer.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import time
+from collections.abc import Callable
+
+from vllmd.models.transfer.connection import Connection
+from vllmd.system.files import storage_error
+
+CHUNK_BYTES = 1 << 20
+LATE_S = 0.5
+_UNSUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+class Receiver:
+    """A thread's own pipe and buffer. `close` it."""
+
+    def __init__(self) -> None:
+        self._pipe: tuple[int, int] | None = None
+        self._pipe_bytes = 0
+        self._buffer = memoryview(b"")
+        self._splices = True
+
+    def close(self) -> None:
+        if self._pipe is not None:
+            os.close(self._pipe[0])
+            os.close(self._pipe[1])
+            self._pipe = None
+
+    def copy(self, source: Connection, fd: int, begin: int, end: int, name: str, moved: Callable[[int], None]) -> None:
+        """Bytes [begin, end) of the file come now. `moved(position)` after each piece that is in the file.
+
+        OSError of the network (ConnectionResetError where the body ends early), Again; StorageFailed of the disk.
+        """
+        position = begin
+        first = source.first(end - begin)
+        if first:
+            write_all(fd, first, position, name)
+            position += len(first)
+            moved(position)
+        while position < end:
+            count = self._piece(source, fd, position, end, name)
+            if not count:
+                raise ConnectionResetError(f"the body ended {end - position} bytes early")
+            position += count
+            moved(position)
+
+    @property
+    def buffer(self) -> memoryview:
+        if not self._buffer:
+            self._buffer = memoryview(bytearray(CHUNK_BYTES))
+        return self._buffer
+
+    def skip(self, source: Connection, count: int) -> None:
+        """Bytes that are there already come once more."""
+        count -= len(source.first(count))
+        while count:
+            began = time.monotonic()
+            with source.waiting():
+                got = source.wire.recv_into(self.buffer[:count])
+            if not got:
+                raise ConnectionResetError("the body ended early")
+            source.moved(got, time.monotonic() - began)
+            count -= got
+
+    def _piece(self, source: Connection, fd: int, position: int, end: int, name: str) -> int:
+        # A short body is not worth a pipe, nor is what is encrypted.
+        if source.is_encrypted or not self._splices or end - position < CHUNK_BYTES // 8:
+            return self._buffered(source, fd, position, end, name)
+        return self._spliced(source, fd, position, end, name)
+
+    def _buffered(self, source: Connection, fd: int, position: int, end: int, name: str) -> int:
+        buffer = self.buffer
+        wanted = min(end - position, CHUNK_BYTES)
+        filled = 0
+        began = now = time.monotonic()
+        try:
+            with source.waiting():
+                # TLS gives a record of at most 16 KiB at a time: one write for many, but none late
+                while filled < wanted and now - began < LATE_S and (count := source.wire.recv_into(buffer[filled:wanted])):
+                    filled += count
+                    now = time.monotonic()
+                    source.still_waiting(now)
+                    if not source.is_encrypted:
+                        break
+        finally:
+            write_all(fd, buffer[:filled], position, name)
+        source.moved(filled, now - began)
+        return filled
+
+    def _spliced(self, source: Connection, fd: int, position: int, end: int, name: str) -> int:
+        pipe = self._pipe or self._make_pipe()
+        began = time.monotonic()
+        with source.waiting():
+            count = os.splice(source.wire.fileno(), pipe[1], min(end - position, self._pipe_bytes))
+        source.moved(count, time.monotonic() - began)
+        done = 0
+        while done < count:
+            try:
+                done += os.splice(pipe[0], fd, count - done, offset_dst=position + done)
+            except OSError as error:
+                if error.errno not in _UNSUPPORTED:
+                    raise storage_error(error, f"write {name}") from error
+                self._splices = False
+                while done < count and (rest := os.read(pipe[0], count - done)):
+                    write_all(fd, rest, position + done, name)
+                    done += len(rest)
+        return count
+
+    def _make_pipe(self) -> tuple[int, int]:
+        self._pipe = os.pipe2(os.O_CLOEXEC)
+        try:
+            self._pipe_bytes = fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, CHUNK_BYTES)
+        except OSError:  # the user's share of pipes is used up
+            self._pipe_bytes = fcntl.fcntl(self._pipe[1], fcntl.F_GETPIPE_SZ)
+        return self._pipe
+
+
+def write_all(fd: int, data: bytes | memoryview, position: int, name: str) -> None:
+    """StorageFailed."""
+    rest = memoryview(data)
+    try:
+        while rest:
+            count = os.pwrite(fd, rest, position)
+            position += count
+            rest = rest[count:]
+    except OSError as error:
+        raise storage_error(error, f"write {name}") from error
