@@ -57,7 +57,7 @@ def find(store: Path, told: Told) -> Callable[..., ResolvedModel]:
 
     def run(settings: Model | None = None, environ: dict[str, str] | None = None, **asked: object) -> ResolvedModel:
         request = tiny_models.request(store, **asked)  # type: ignore[arg-type]
-        return resolve(request, settings or Model(), environ or {}, told)
+        return resolve(request, settings or tiny_models.settings(), environ or {}, told)
 
     return run
 
@@ -229,7 +229,7 @@ def test_model_in_a_hub_cache_elsewhere(tmp_path: Path, find: Find, variable: st
 
 def test_bundled_model(tmp_path: Path, find: Find) -> None:
     one = tiny_models.snapshot(tmp_path / "env/share/models/hub", "acme/Tiny", "c1", main=True)
-    model = find(Model(flox_env=str(tmp_path / "env")))
+    model = find(tiny_models.settings(flox_env=str(tmp_path / "env")))
     assert (model.directory, model.via) == (one, "bundled")
 
 
@@ -240,8 +240,8 @@ def test_no_source_has_it_names_each_sources_reason(store: Path, find: Find) -> 
         "bundled: skipped (FLOX_ENV not set)",
         f"local: not found (no Tiny in {store})",
         f"hf-cache: not found (not in {store}/hub)",
-        "r2: skipped (R2_BUCKET not set)",
-        "hf-hub: skipped (this version does not download",
+        "r2: skipped (offline)",
+        "hf-hub: skipped (offline)",
     ):
         assert reason in caught.value.what
     assert str(store / "Tiny") in caught.value.hint
@@ -301,7 +301,7 @@ def test_permission_that_is_missing_is_77_with_path_and_user(open_path: Path, to
 
     def attempt() -> str:
         try:
-            return str(resolve(tiny_models.request(store, sources=(source,)), Model(), {}, told).directory)
+            return str(resolve(tiny_models.request(store, sources=(source,)), tiny_models.settings(), {}, told).directory)
         except PermissionMissing as error:
             return f"{error.status} {error.what}"
 
@@ -317,7 +317,7 @@ def test_store_that_cannot_be_written_is_used_without_a_lock(open_path: Path) ->
     told = Told()
 
     def attempt() -> str:
-        asked, settings = tiny_models.request(open_path / "models"), Model(verify="sha256")
+        asked, settings = tiny_models.request(open_path / "models"), tiny_models.settings(verify="sha256")
         model = verified(resolve(asked, settings, {}, told), asked, settings, told)
         return f"{model.directory}\n{told.text}"
 
@@ -394,7 +394,7 @@ def test_backup_is_left_alone_while_the_model_is_there(store: Path, find: Find) 
 
 def test_store_that_does_not_exist_is_no_error_of_its_own_and_is_not_made(tmp_path: Path, told: Told) -> None:
     with pytest.raises(ModelNotFound):
-        resolve(tiny_models.request(tmp_path / "a/b/c"), Model(), {}, told)
+        resolve(tiny_models.request(tmp_path / "a/b/c"), tiny_models.settings(), {}, told)
     assert not (tmp_path / "a").exists()
     assert "lock" not in told.text
 
@@ -402,19 +402,19 @@ def test_store_that_does_not_exist_is_no_error_of_its_own_and_is_not_made(tmp_pa
 def test_given_path_needs_no_store_until_there_is_something_to_remember(tmp_path: Path, told: Told) -> None:
     directory = demo.make(tmp_path / "given")
     asked = tiny_models.request(tmp_path / "a/models", path=str(directory))
-    model = resolve(asked, Model(), {}, told)
+    model = resolve(asked, tiny_models.settings(), {}, told)
     assert not (tmp_path / "a").exists()
-    verified(model, asked, Model(verify="sha256"), told)
+    verified(model, asked, tiny_models.settings(verify="sha256"), told)
     assert len(list((tmp_path / "a/models/.manifests").iterdir())) == 1
 
 
 def test_report_is_one_object_on_success_and_on_failure(store: Path, told: Told) -> None:
     asked = tiny_models.request(store)
-    failure = resolve_report(asked, Model(), {}, told)
+    failure = resolve_report(asked, tiny_models.settings(), {}, told)
     assert (failure["ok"], failure["status"], failure["error"]["code"]) == (False, 66, "model_not_found")
     assert [source["name"] for source in failure["sources"]] == list(tiny_models.SOURCES)
     demo.make(store / "Tiny")
-    success = resolve_report(asked, Model(verify="sha256"), {}, told)
+    success = resolve_report(asked, tiny_models.settings(verify="sha256"), {}, told)
     assert (success["ok"], success["status"], success["via"]) == (True, 0, "local")
     assert len(success["manifest_sha256"]) == 64
 

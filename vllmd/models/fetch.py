@@ -12,7 +12,7 @@ import threading
 
 from vllmd.errors import UsageError, VllmdError
 from vllmd.models import wire
-from vllmd.models.resolve import resolve, verified
+from vllmd.models.resolve import resolve_patiently, verified
 
 
 def main() -> int:
@@ -33,7 +33,7 @@ def _serve(line: bytes) -> None:
         request, settings = wire.decode_request(line)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UsageError("bad_request", f"no request for the resolver: {error}", "It is started by vllmd, not by hand.") from error
-    model = resolve(request, settings, os.environ, _emit)
+    model = resolve_patiently(request, settings, os.environ, _emit)
     _emit(wire.Resolved(model))
     _emit(wire.Verified(verified(model, request, settings, _emit).manifest_sha256))
 

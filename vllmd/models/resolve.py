@@ -1,6 +1,7 @@
 """The resolve stage: asks each source in turn, validates what it has, and takes the first model that is whole.
 
-Only reads (what a crash of the existing tools left is put back first), so it goes on where the store cannot be written.
+Until a network source has to deliver, it only reads (what a crash of the existing tools left is put back first), so it goes
+on where the store cannot be written. Models that are offered over a network are brought by models/obtain.
 """
 
 from __future__ import annotations
@@ -14,14 +15,24 @@ from typing import Any
 
 from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest, ResolvedModel
-from vllmd.errors import ModelInvalid, ModelNotFound, PermissionMissing, StorageFailed, VllmdError
+from vllmd.errors import (
+    ConfigError,
+    ModelInvalid,
+    ModelNotFound,
+    PermissionMissing,
+    SourceUnavailable,
+    StorageFailed,
+    TryLater,
+    VllmdError,
+)
 from vllmd.models import sources, store
 from vllmd.models.identity import hash12
 from vllmd.models.ioerrors import translated
 from vllmd.models.lock import locked
+from vllmd.models.patience import Patience
 from vllmd.models.places import is_directory
 from vllmd.models.sources import Candidate, Context, Found, NotFound, Offered
-from vllmd.models.validate import Checks, checks_of, validate
+from vllmd.models.validate import checks_of, validate
 from vllmd.models.wire import Progress
 
 Report = Callable[[Progress], None]
@@ -51,7 +62,27 @@ def resolve(
     ModelInvalid (65) where a source has it damaged and no other has it; PermissionMissing (77), StorageFailed (74) where one
     cannot be read; else ModelNotFound (66) with every source's reason. TryLater (75) where the lock is held too long.
     """
-    outcomes = search(request, settings, environ, report, rejected)
+    return _model(request, search(request, settings, environ, report, rejected), report)
+
+
+def resolve_patiently(request: ModelRequest, settings: Model, environ: Mapping[str, str], report: Report) -> ResolvedModel:
+    """`resolve`, asking again while a source cannot be reached: waiting is not restarting, and an outage of a network must not
+    use up an instance's starts. The time allowed runs only while nothing arrives."""
+    patience = Patience(settings.source_retry_s, settings.source_timeout_s)
+
+    def watched(progress: Progress) -> None:
+        patience.saw(progress)
+        report(progress)
+
+    while True:
+        outcomes = search(request, settings, environ, watched)
+        unavailable = [outcome for outcome in outcomes if isinstance(outcome.error, SourceUnavailable)]
+        if outcomes[-1].model or not unavailable or patience.is_over():
+            return _model(request, outcomes, report)
+        patience.wait(unavailable[0].reason, watched)
+
+
+def _model(request: ModelRequest, outcomes: list[Outcome], report: Report) -> ResolvedModel:
     model = outcomes[-1].model if outcomes else None
     if model is None:
         raise _failure(request, outcomes)
@@ -63,84 +94,130 @@ def search(
     request: ModelRequest, settings: Model, environ: Mapping[str, str], report: Report, rejected: Mapping[Path, VllmdError] = NONE_REJECTED
 ) -> list[Outcome]:
     """One outcome for each source that was asked; the last has the model, if any has it."""
-    context = Context(settings, environ)
     outcomes: list[Outcome] = []
-    with _lock(request, settings, report):
+    with _lock(request, settings, report) as hold:
+        asking = _Asking(request, Context(settings, environ), report, rejected, hold)
         for name in ("local",) if request.path else request.sources:
-            outcome = _ask(sources.get(name), request, context, report, rejected)
+            outcome = _ask(name, asking)
             outcomes.append(outcome)
             if outcome.model:
                 break
     return outcomes
 
 
+@dataclass(frozen=True, slots=True)
+class _Hold:
+    """Whether the identity is ours. `say` is for those who wait for it; `problem` is why it is not, None if it is."""
+
+    say: Callable[[str], None] = lambda _text: None
+    problem: VllmdError | None = None
+
+
 @contextmanager
-def _lock(request: ModelRequest, settings: Model, report: Report) -> Iterator[None]:
+def _lock(request: ModelRequest, settings: Model, report: Report) -> Iterator[_Hold]:
     """The identity's lock, and under it the recovery. Without it where the store cannot be written: then nobody changes it;
     nor for a directory outside the store, which nobody of us changes."""
     with ExitStack() as stack:
-        try:
-            if not request.path and is_directory(request.store):
-                waiting = _teller(report, "lock")
-                stack.enter_context(locked(request.store, hash12(request.identity), settings.lock_timeout_s, waiting))
-                store.recover(request.store, request, _teller(report, "resolve"))
-        except OSError as error:
-            _teller(report, "lock")(f"going on without a lock: {translated(error, f'use {request.store}').what}")
-        except (PermissionMissing, StorageFailed, ModelInvalid) as error:
-            if error.code == "lock_refused":
-                raise
-            _teller(report, "lock")(f"going on without a lock: {error.what}")
-        yield
+        yield _taken(stack, request, settings, report)
+
+
+def _taken(stack: ExitStack, request: ModelRequest, settings: Model, report: Report) -> _Hold:
+    problem: VllmdError
+    try:
+        if request.path or not (is_directory(request.store) or _may_fetch(request, settings)):
+            return _Hold(problem=PermissionMissing("no_store", f"{request.store} does not exist", "Make it, or set model.dir."))
+        waiting = _teller(report, "lock")
+        held = stack.enter_context(locked(request.store, hash12(request.identity), settings.lock_timeout_s, waiting))
+        store.recover(request.store, request, _teller(report, "resolve"))
+        return _Hold(held.say)
+    except OSError as error:
+        problem = translated(error, f"use {request.store}")
+    except (PermissionMissing, StorageFailed, ModelInvalid) as error:
+        if error.code == "lock_refused":
+            raise
+        problem = error
+    _teller(report, "lock")(f"going on without a lock: {problem.what}")
+    return _Hold(problem=problem)
+
+
+def _may_fetch(request: ModelRequest, settings: Model) -> bool:
+    """Whether a store that does not exist yet is worth making."""
+    asked = sources.NETWORK.intersection(request.sources) - (set() if settings.r2_bucket else {"r2"})
+    return bool(asked) and not settings.offline
 
 
 def _teller(report: Report, phase: str) -> Callable[[str], None]:
     return lambda text: report(Progress(phase, text=text))
 
 
-def _ask(source: sources.Source, request: ModelRequest, context: Context, report: Report, rejected: Mapping[Path, VllmdError]) -> Outcome:
-    outcome = _outcome(source, request, context, report, rejected)
-    report(Progress("resolve", source.name, text=f"Checking {source.label}... {outcome}"))
+@dataclass(frozen=True, slots=True)
+class _Asking:
+    """One round through the sources."""
+
+    request: ModelRequest
+    context: Context
+    report: Report
+    rejected: Mapping[Path, VllmdError]
+    hold: _Hold
+
+
+def _ask(name: str, asking: _Asking) -> Outcome:
+    source = sources.get(name)
+    offline = asking.context.settings.offline and name in sources.NETWORK
+    outcome = Outcome(name, "skipped", "offline") if offline else _outcome(source, asking)
+    asking.report(Progress("resolve", name, text=f"Checking {source.label}... {outcome}"))
     return outcome
 
 
-def _outcome(source: sources.Source, request: ModelRequest, context: Context, report: Report, rejected: Mapping[Path, VllmdError]) -> Outcome:
+def _outcome(source: sources.Source, asking: _Asking) -> Outcome:
     try:
-        finding = source.find(request, context)
+        finding = source.find(asking.request, asking.context)
+        if isinstance(finding, Offered):
+            return Outcome(source.name, "OK", model=_obtained(source, asking, finding))
     except OSError as error:
         return _failed(source, translated(error, f"look into {source.label}"))
+    except VllmdError as error:
+        if isinstance(error, TryLater):
+            raise
+        return _failed(source, error)
     if isinstance(finding, Found):
-        return _choose(source, request, finding.candidates, checks_of(context.settings), report, rejected)
-    if isinstance(finding, Offered):
-        raise NotImplementedError(source.name)
+        return _choose(source, asking, finding.candidates)
     return Outcome(source.name, "not found" if isinstance(finding, NotFound) else "skipped", finding.reason)
 
 
-def _choose(
-    source: sources.Source, request: ModelRequest, candidates: tuple[Candidate, ...], checks: Checks, report: Report, rejected: Mapping[Path, VllmdError]
-) -> Outcome:
+def _obtained(source: sources.Source, asking: _Asking, offered: Offered) -> ResolvedModel:
+    if asking.hold.problem is not None:
+        raise asking.hold.problem
+    from vllmd.models.obtain import Errand, obtain
+
+    context = asking.context
+    return obtain(Errand(source.name, asking.request, context.settings, context.environ, asking.report, asking.hold.say), offered)
+
+
+def _choose(source: sources.Source, asking: _Asking, candidates: tuple[Candidate, ...]) -> Outcome:
     """The first candidate that is whole; each that is not is told, and the first one's fault is the source's."""
     errors: list[VllmdError] = []
     for candidate in candidates:
         try:
-            model = _validated(source, request, candidate, checks, rejected)
+            model = _validated(source, asking, candidate)
         except _GRAVEST as error:
             errors.append(error)
             continue
         for passed in errors:
-            report(Progress("resolve", source.name, text=f"warning: passed over {passed.what}"))
+            asking.report(Progress("resolve", source.name, text=f"warning: passed over {passed.what}", level="warning"))
         return Outcome(source.name, "OK", model=model)
     return _failed(source, errors[0])
 
 
-def _validated(source: sources.Source, request: ModelRequest, candidate: Candidate, checks: Checks, rejected: Mapping[Path, VllmdError]) -> ResolvedModel:
-    if candidate.directory in rejected:
-        raise rejected[candidate.directory]
-    inventory = validate(candidate.directory, checks)
+def _validated(source: sources.Source, asking: _Asking, candidate: Candidate) -> ResolvedModel:
+    if candidate.directory in asking.rejected:
+        raise asking.rejected[candidate.directory]
+    inventory = validate(candidate.directory, checks_of(asking.context.settings))
     return ResolvedModel(
-        identity=request.identity,
+        identity=asking.request.identity,
         directory=candidate.directory,
         via=source.name,
-        revision=candidate.revision or request.revision,
+        revision=candidate.revision or asking.request.revision,
         bytes=inventory.bytes,
         manifest_sha256=store.manifest_name(candidate.directory),
     )
@@ -151,15 +228,19 @@ def _failed(source: sources.Source, error: VllmdError) -> Outcome:
 
 
 def _failure(request: ModelRequest, outcomes: list[Outcome]) -> VllmdError:
-    reasons = "; ".join(f"{outcome.source}: {outcome}" for outcome in outcomes)
-    for kind in _GRAVEST:
+    """One error for all sources: the gravest one's, with what the others said."""
+    for kind in (*_GRAVEST, ConfigError):
         for outcome in outcomes:
             if isinstance(outcome.error, kind):
                 others = "; ".join(f"{other.source}: {other}" for other in outcomes if other is not outcome)
                 what = outcome.error.what + (f" [{others}]" if others else "")
                 return kind(outcome.error.code, what, outcome.error.hint)
+    reasons = "; ".join(f"{outcome.source}: {outcome}" for outcome in outcomes)
     if request.path:
         return ModelNotFound("model_not_found", f"no model: {reasons}", "Give the directory that holds config.json.")
+    unavailable = next((outcome.error for outcome in outcomes if isinstance(outcome.error, SourceUnavailable)), None)
+    if unavailable is not None:
+        return SourceUnavailable(unavailable.code, f"no source has {request.identity}: {reasons}", unavailable.hint)
     hint = f"Put the model into {request.store / (request.name or 'NAME')}, or into a hub cache, or give its directory as model.path."
     return ModelNotFound("model_not_found", f"no source has {request.identity}: {reasons}", hint)
 
