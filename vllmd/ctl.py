@@ -29,6 +29,10 @@ def run(argv: Sequence[str]) -> int:
         from vllmd.engines import command
 
         return command.main(rest[1:], paths)
+    if rest[:1] == ["store"]:
+        from vllmd import ctl_store
+
+        return ctl_store.main(rest[1:], paths)
     arguments = _parser().parse_args(rest)
     return _perform(arguments, paths)
 
@@ -46,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     stop.add_argument("name", metavar="NAME")
     _add_logs(verbs)
     verbs.add_parser("engine", help="install|list|use: the engines of this host", add_help=False)
+    verbs.add_parser("store", help="list|verify|rm|gc|pin|unpin|export|import: the models of this host", add_help=False)
     return top
 
 
