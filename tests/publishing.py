@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ from vllmd.models.contents import Contents, Entry
 from vllmd.models.identity import hash12, label
 from vllmd.models.lock import locked, private_directory
 from vllmd.models.published import directories, fault, manifest_of
+from vllmd.models.remote import Listing, RemoteFile
 from vllmd.models.store import published_target
 
 ORIGIN = "s3://bucket/prefix"
@@ -84,13 +86,32 @@ def publish_version(
 ) -> Path:
     """Version NUMBER of a tiny model, staged and published under its lock; the published directory."""
     asked = asked or tiny_models.request(store)
+    with locked(store, hash12(asked.identity), 60, quiet):
+        return staged(store, number, asked=asked, keep=keep, created_at=created_at, tell=tell, size=size)()
+
+
+def staged(
+    store: Path, number: int, *, asked: ModelRequest, keep: int = 2, created_at: str = "", tell: Callable[[str], None] = quiet, size: int = 4096
+) -> Callable[[], Path]:
+    """The publication of what is staged now, still to be called."""
     files = content(number, size)
     at = created_at or f"2026-01-01T{number // 3600 % 24:02}:{number // 60 % 60:02}:{number % 60:02}Z"
-    with locked(store, hash12(asked.identity), 60, quiet):
-        return publish.publish(store, asked, stage(store, asked, files), described(asked, files, at), keep, tell)
+    directory, contents = stage(store, asked, files), described(asked, files, at)
+    share(store, directory, contents)
+    return lambda: publish.publish(store, asked, directory, contents, keep, tell)
 
 
-def wrong(store: Path, asked: ModelRequest, *, deep: bool = True) -> list[str]:
+def share(store: Path, directory: Path, contents: Contents) -> None:
+    """What other versions have already, by hard link, as a download does it."""
+    listed = Listing(tuple(RemoteFile(name, entry.size, entry.pin) for name, entry in contents.files.items()), contents.origin)
+    for name, (path, _) in publish.reusable(store, listed).items():
+        other = directory / f"{name}.link"
+        with contextlib.suppress(FileNotFoundError):  # removed meanwhile
+            other.hardlink_to(path)
+            other.replace(directory / name)
+
+
+def wrong(store: Path, asked: ModelRequest) -> list[str]:
     """What no kill and no power cut may leave: a link that leads to nothing, or to a version that is not whole to the byte."""
     link = store / label(asked)
     if not os.path.lexists(link):
@@ -101,11 +122,13 @@ def wrong(store: Path, asked: ModelRequest, *, deep: bool = True) -> list[str]:
     contents = manifest_of(directory)
     if contents is None:
         return [f"{directory} has no manifest"]
-    found = [reason] if (reason := fault(directory, contents)) else []
-    for name, entry in contents.files.items() if deep else ():
-        if hashlib.sha256((directory / name).read_bytes()).hexdigest() != entry.sha256:
-            found.append(f"{directory / name} has other bytes")
-    return found
+    return ([reason] if (reason := fault(directory, contents)) else []) + differing(directory, contents)
+
+
+def differing(directory: Path, contents: Contents) -> list[str]:
+    """Files of a version with other bytes than its manifest says."""
+    there = [(directory / name, entry.sha256) for name, entry in contents.files.items() if (directory / name).exists()]
+    return [f"{path} has other bytes" for path, sha256 in there if hashlib.sha256(path.read_bytes()).hexdigest() != sha256]
 
 
 def half(store: Path) -> list[str]:

@@ -6,6 +6,7 @@ until the files were fetched anew.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -34,9 +35,11 @@ def directories(store: Path) -> list[Path]:
 
 
 def _subdirectories(directory: Path) -> list[Path]:
-    if not is_real_directory(directory):
+    """Others may remove versions of other models meanwhile."""
+    try:
+        return sorted(path for path in directory.iterdir() if is_real_directory(path)) if is_real_directory(directory) else []
+    except FileNotFoundError:
         return []
-    return sorted(path for path in directory.iterdir() if is_real_directory(path))
 
 
 def versions(store: Path) -> Iterator[tuple[Path, Contents]]:
@@ -76,9 +79,10 @@ def fault(directory: Path, contents: Contents) -> str:
 
 def _sizes(directory: Path) -> dict[str, int]:
     found: dict[str, int] = {}
-    for path in durable.files(directory):
-        status = path.lstat()
-        found[str(path.relative_to(directory))] = status.st_size if stat.S_ISREG(status.st_mode) else -1
+    with contextlib.suppress(FileNotFoundError):  # it is being removed: then files are missing
+        for path in durable.files(directory):
+            status = path.lstat()
+            found[str(path.relative_to(directory))] = status.st_size if stat.S_ISREG(status.st_mode) else -1
     return found
 
 
@@ -118,9 +122,10 @@ def mark_damaged(directory: Path, names: Iterable[str]) -> None:
     _mark(directory, wrong)
     inodes = {_inode(directory / name) for name in wrong} - {None}
     for other in directories(directory.parent.parent.parent)[:MAX_VERSIONS]:
-        shared = frozenset(str(path.relative_to(other)) for path in durable.files(other) if _inode(path) in inodes)
-        if other != directory and shared:
-            _mark(other, shared)
+        with contextlib.suppress(FileNotFoundError):  # it is being removed
+            shared = frozenset(str(path.relative_to(other)) for path in durable.files(other) if _inode(path) in inodes)
+            if other != directory and shared:
+                _mark(other, shared)
 
 
 def _mark(directory: Path, names: frozenset[str]) -> None:

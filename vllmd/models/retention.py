@@ -61,13 +61,16 @@ def _surplus(store: Path, current: Path, previous: Path | None, keep: int) -> li
     pinned, led_to = pins.pinned(store), links.leading_to(store)
     own = [path for path in published.directories(store) if path.parent.name == current.parent.name]
     before = previous.name if previous is not None else ""
-    ranked = sorted(own, key=lambda path: (path.name == current.name, path.name == before, _created_at(path)), reverse=True)
+    ranked = sorted(own, key=lambda path: (path.name == current.name, *_rank(path, before)), reverse=True)
     return [path for path in ranked[max(keep, 1) :] if path.name not in pinned and os.path.realpath(path) not in led_to]
 
 
-def _created_at(directory: Path) -> str:
+def _rank(directory: Path, before: str) -> tuple[bool, bool, str]:
+    """One that nobody could go back to takes the place of none that is whole."""
     contents = published.manifest_of(directory)
-    return contents.created_at if contents is not None else ""
+    if contents is None:
+        return False, False, ""
+    return not published.fault(directory, contents), directory.name == before, contents.created_at
 
 
 def remove_version(store: Path, directory: Path) -> Removed | InUse:
