@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from vllmd.models.sources import s3_errors
@@ -53,6 +53,8 @@ class Sender:
         request.stream_output = True
         response = self._http.send(request)
         body = self._body(request.url, response.raw)
+        if 300 <= response.status_code < 400:
+            self._follow(response, body)
         if "list-type=2" in request.url and response.status_code == 200:
             self._check(body)
             self.sent = _sent(request)
@@ -85,6 +87,14 @@ class Sender:
         finally:
             raw.close()
         return b"".join(parts)
+
+    def _follow(self, response: Any, body: bytes) -> None:
+        """botocore follows to the region that the answer names; without one it asks HeadBucket for it, and when that redirects
+        too, HeadBucket again, until the stack is full."""
+        answer = s3_errors.answer_of(response.status_code, body, self._place.origin)
+        if not answer.region and "x-amz-bucket-region" not in response.headers:
+            said = answer.message or f"a redirect to {response.headers.get('Location', 'nowhere')}"
+            raise s3_errors.of_answer(replace(answer, message=said), self._place)
 
     def _check(self, body: bytes) -> None:
         """A sign-in page or a proxy's error comes with 200 too, and one of well-formed HTML would pass for an empty bucket."""

@@ -7,7 +7,6 @@ longer than either lives. Only the host and x-amz-* are signed: proxies change t
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +88,7 @@ def whole_sums(head: Mapping[str, Any]) -> dict[str, str]:
     for name, (algorithm, size) in _SUMS.items():
         try:
             value = base64.b64decode(str(head.get(f"Checksum{name}", "")), validate=True)
-        except binascii.Error:
+        except ValueError:
             continue
         if len(value) == size:
             found[algorithm] = value.hex()
