@@ -1,0 +1,83 @@
+"""From a bucket to a published model, through the whole of the resolve stage."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from urllib.parse import quote, unquote
+
+import pytest
+
+from tests import tiny_models
+from tests.component.test_source_s3 import environ
+from tests.fakes.s3_server import Asked, Reply, S3Server, error, item, listing
+from vllmd.config.settings import Model
+from vllmd.core.plan import ResolvedModel
+from vllmd.models import demo
+from vllmd.models.resolve import resolve
+from vllmd.models.wire import Progress
+
+pytestmark = [pytest.mark.component, pytest.mark.usefixtures("environ")]
+
+__all__ = ["environ"]
+
+
+class Bucket:
+    """What a directory has, as objects; ETags change with the bytes."""
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = directory
+
+    def __call__(self, asked: Asked) -> Reply:
+        if "list-type=2" in asked.target:
+            names = sorted(path.relative_to(self._directory).as_posix() for path in self._directory.rglob("*") if path.is_file())
+            return listing(*(self._item(name) for name in names))
+        name = unquote(asked.path).removeprefix("/models/p/Tiny/")
+        if asked.headers.get("if-match") != self._etag(name):
+            return error(412, "PreconditionFailed")
+        body = (self._directory / name).read_bytes()
+        first, _, last = asked.headers["range"].removeprefix("bytes=").partition("-")
+        headers = {"ETag": self._etag(name), "Content-Range": f"bytes {first}-{last}/{len(body)}"}
+        return Reply(206, body[int(first) : int(last) + 1], headers)
+
+    def _item(self, name: str) -> str:
+        return item(f"p/Tiny/{quote(name)}", (self._directory / name).stat().st_size, self._etag(name))
+
+    def _etag(self, name: str) -> str:
+        return f'"{hashlib.sha1((self._directory / name).read_bytes()).hexdigest()}-2"'
+
+
+def resolved(url: str, store: Path) -> tuple[ResolvedModel, list[Progress]]:
+    said: list[Progress] = []
+    settings = Model(r2_bucket="models", r2_models_prefix="p", r2_endpoint_url=url)
+    return resolve(tiny_models.request(store, sources=("r2",)), settings, dict(os.environ), said.append), said
+
+
+def test_published_once_then_asked_for_one_listing_only(tmp_path: Path) -> None:
+    directory = demo.make(tmp_path / "uploaded")
+    (directory / "chat template é+.txt").write_text("x")
+    (directory / "empty.txt").write_text("")
+    with S3Server(Bucket(directory)) as server:
+        model, said = resolved(server.url, tmp_path / "store")
+        assert model.via == "r2"
+        for path in directory.iterdir():
+            assert (model.directory / path.name).read_bytes() == path.read_bytes()
+        assert any("will be downloaded" in line.text and "s3://models/p/Tiny/" in line.text for line in said)
+        assert all(asked.access_key == "AKIATESTING" for asked in server.asked)
+        server.asked.clear()
+        again, _ = resolved(server.url, tmp_path / "store")
+        assert again.directory == model.directory
+        assert ["list-type=2" in asked.target for asked in server.asked] == [True]
+
+
+def test_a_new_upload_is_a_new_version(tmp_path: Path) -> None:
+    directory = demo.make(tmp_path / "uploaded")
+    with S3Server(Bucket(directory)) as server:
+        before, _ = resolved(server.url, tmp_path / "store")
+        (directory / "notes.txt").write_text("second")
+        server.asked.clear()
+        after, _ = resolved(server.url, tmp_path / "store")
+    assert after.directory != before.directory
+    assert (after.directory / "notes.txt").read_text() == "second"
+    assert [asked.path for asked in server.asked] == ["/models", "/models/p/Tiny/notes.txt"], "what another version has is not fetched again"
