@@ -80,7 +80,7 @@ class Client:
             try:
                 if kept.is_idle():
                     return kept, kept.ask("GET", path, headers)
-            except OSError as error:
+            except (OSError, Again) as error:
                 if kept.aborted:
                     self._watch.gone(kept)
                     raise Again(kept.aborted) from error
@@ -95,7 +95,7 @@ class Client:
         except ProxyRefusal as error:
             self._watch.gone(connection)
             raise _proxy_refused(way, error.status) from error
-        except OSError as error:
+        except (OSError, Again) as error:
             self._watch.gone(connection)
             raise (Again(connection.aborted) if connection.aborted else _named(error, way)) from error
         except BaseException:
@@ -118,8 +118,10 @@ def _place(url: str) -> tuple[str, str, int | None]:
     return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
-def _named(error: OSError, way: Route) -> Again:
+def _named(error: OSError | Again, way: Route) -> Again:
     """The kernel and the resolver do not say whom they mean."""
+    if isinstance(error, Again):
+        return error
     through = f" (through the proxy {way.proxy.host}:{way.proxy.port})" if way.proxy else ""
     return Again(f"{way.authority}{through}: {error.strerror or error}")
 

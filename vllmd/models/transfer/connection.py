@@ -187,7 +187,10 @@ class Connection:
 
     def _next_event(self) -> object:
         while (event := self._http.next_event()) is h11.NEED_DATA:
-            self._http.receive_data(self._receive(FIRST_READ_BYTES))
+            data = self._receive(FIRST_READ_BYTES)
+            if not data and self._http.their_state is h11.SEND_RESPONSE:
+                raise ConnectionResetError("closed before it answered")
+            self._http.receive_data(data)
         return event
 
     def _receive(self, count: int) -> bytes:

@@ -28,6 +28,7 @@ class Receiver:
         self._pipe_bytes = 0
         self._buffer = memoryview(b"")
         self._splices = True
+        self._waited_until = 0.0
 
     def close(self) -> None:
         if self._pipe is not None:
@@ -47,11 +48,13 @@ class Receiver:
             position += len(first)
             moved(position)
         while position < end:
+            began = time.monotonic()
             count = self._piece(source, fd, position, end, name)
             if not count:
                 raise ConnectionResetError(f"the body ended {end - position} bytes early")
             position += count
             moved(position)
+            source.moved(count, self._waited_until - began)
 
     @property
     def buffer(self) -> memoryview:
@@ -93,27 +96,33 @@ class Receiver:
                         break
         finally:
             write_all(fd, buffer[:filled], position, name)
-        source.moved(filled, now - began)
+        self._waited_until = now
         return filled
 
     def _spliced(self, source: Connection, fd: int, position: int, end: int, name: str) -> int:
         pipe = self._pipe or self._make_pipe()
-        began = time.monotonic()
         with source.waiting():
             count = os.splice(source.wire.fileno(), pipe[1], min(end - position, self._pipe_bytes))
-        source.moved(count, time.monotonic() - began)
+        self._waited_until = time.monotonic()
+        try:
+            self._emptied(pipe[0], fd, position, count, name)
+        except BaseException:
+            self.close()  # what is left in the pipe belongs to nobody
+            raise
+        return count
+
+    def _emptied(self, pipe: int, fd: int, position: int, count: int, name: str) -> None:
         done = 0
         while done < count:
             try:
-                done += os.splice(pipe[0], fd, count - done, offset_dst=position + done)
+                done += os.splice(pipe, fd, count - done, offset_dst=position + done)
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
                     raise storage_error(error, f"write {name}") from error
                 self._splices = False
-                while done < count and (rest := os.read(pipe[0], count - done)):
+                while done < count and (rest := os.read(pipe, count - done)):
                     write_all(fd, rest, position + done, name)
                     done += len(rest)
-        return count
 
     def _make_pipe(self) -> tuple[int, int]:
         self._pipe = os.pipe2(os.O_CLOEXEC)

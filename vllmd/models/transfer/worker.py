@@ -50,6 +50,9 @@ class Worker:
                 try:
                     self._manner.prepare(part.task)
                     self._fetch(part)
+                except BaseException as error:
+                    self._work.fail(error)  # first, or another thread takes the part over
+                    raise
                 finally:
                     self._work.leave(part)
                 self._manner.landed(part.task, self._receiver.buffer)
@@ -95,7 +98,7 @@ class Worker:
             self._body(part, answer, body_begin)
         except BaseException as error:
             self._client.drop(answer)
-            if answer.connection.aborted and isinstance(error, OSError):
+            if answer.connection.aborted and isinstance(error, OSError | Again):
                 raise Again(answer.connection.aborted) from error
             raise
         self._client.keep(answer)
