@@ -66,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         chosen = add(verb, text)
         chosen.add_argument("id", metavar="ID", help=_IDS)
         chosen.add_argument("--version", metavar="SHA", help="the version, as list shows it (default: the current one)")
+    _add_moves(add("export", "write a model as one tar file, for a machine without a network"), add("import", "take a model from such a tar file, verified byte by byte"))
     return top
 
 
@@ -74,6 +75,15 @@ def _add_remove(remove: argparse.ArgumentParser) -> None:
     remove.add_argument("--version", metavar="SHA", help="only this version, as list shows it")
     remove.add_argument("--yes", action="store_true", help="do not ask")
     remove.add_argument("--force", action="store_true", help="also what is pinned")
+
+
+def _add_moves(export: argparse.ArgumentParser, take: argparse.ArgumentParser) -> None:
+    export.add_argument("id", metavar="ID", help=_IDS)
+    export.add_argument("-o", "--output", metavar="FILE", default="-", help="where to write it; - is standard output (the default)")
+    export.add_argument("--version", metavar="SHA", help="the version, as list shows it (default: the current one)")
+    export.add_argument("--as", dest="identity", metavar="ID[@REVISION]", help="the model that it is for those who import it (default: what it is here)")
+    take.add_argument("file", metavar="FILE", help="the tar file; - is standard input")
+    take.add_argument("--version", metavar="SHA", help="import only this version, as `export` says it")
 
 
 def _count(text: str) -> int:
@@ -101,8 +111,16 @@ def _perform(arguments: argparse.Namespace, place: Place) -> int:
             from vllmd import ctl_store_gc
 
             return ctl_store_gc.collect(place, arguments.keep or place.settings.keep, is_dry=arguments.dry_run)
-        case _:
+        case "pin" | "unpin":
             from vllmd import ctl_store_pin
 
             act = ctl_store_pin.pin if arguments.verb == "pin" else ctl_store_pin.unpin
             return act(place, arguments.id, arguments.version)
+        case "export":
+            from vllmd import ctl_store_move
+
+            return ctl_store_move.export(place, arguments.id, arguments.version, arguments.output, arguments.identity)
+        case _:
+            from vllmd import ctl_store_move
+
+            return ctl_store_move.take(place, arguments.file, arguments.version)
