@@ -70,7 +70,7 @@ def opened(settings: Model, prefix: str, environ: Mapping[str, str]) -> Store:
     secrets = tuple(secret for secret in (frozen.secret_key, frozen.token) if secret) if frozen else ()
     kind = _kind(credentials, session, environ) if frozen else ANONYMOUS
     place = Place(settings.r2_bucket, prefix, client.meta.endpoint_url, kind, secrets)
-    sender = Sender(client.meta.endpoint_url, session.get_config_variable("ca_bundle") or True, place)
+    sender = Sender(client.meta.endpoint_url, _ca_bundle(session), place)
     client.meta.events.register("before-send.s3", sender)
     return Store(client, credentials if frozen else None, sender, place)
 
@@ -145,6 +145,14 @@ def _region(session: Any, environ: Mapping[str, str], endpoint: str) -> str:
         return str(named)
     is_custom = endpoint or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or "endpoint_url" in session.get_scoped_config()
     return "auto" if is_custom else "us-east-1"
+
+
+def _ca_bundle(session: Any) -> str | bool:
+    """Whose certificates are trusted: a file, or True for the usual ones."""
+    path = session.get_config_variable("ca_bundle")
+    if path and not os.access(path, os.R_OK):
+        raise ConfigError("s3_settings", f"{path}, which AWS_CA_BUNDLE or ca_bundle names, cannot be read", "Correct it, or unset it.")
+    return str(path) if path else True
 
 
 def _config(frozen: Any) -> Any:
