@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllmd.core.plan import ModelRequest
-from vllmd.models.sources import Candidate, Context, Finding, Found, NotFound, hub
+from vllmd.models.sources import Candidate, Context, Finding, Found, NotFound, hub, hub_revision
 
 
 class HubCache:
@@ -14,6 +14,7 @@ class HubCache:
     label = "hub caches"
 
     def find(self, request: ModelRequest, context: Context) -> Finding:
+        hub_revision.require(request, context.settings)
         found: list[Candidate] = []
         notes: list[str] = []
         for root, is_chosen in roots(request.store, context.environ).items():
