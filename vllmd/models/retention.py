@@ -96,6 +96,8 @@ def lock_label(store: Path, label: str, stack: ExitStack) -> str:
 
 
 def _remove(store: Path, directory: Path) -> Removed | InUse:
+    if not present(directory):
+        return Removed(directory, 0)  # by whoever had the lock before
     with unused(directory) as problem:
         if problem:
             return InUse(directory, problem)
