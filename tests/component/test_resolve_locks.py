@@ -16,7 +16,7 @@ from tests import tiny_models
 from tests.needs import need
 from vllmd.errors import PermissionMissing, TryLater
 from vllmd.models import demo
-from vllmd.models.lock import locked
+from vllmd.models.lock import Lock, locked
 from vllmd.models.resolve import resolve
 from vllmd.models.store import hold
 
@@ -43,6 +43,49 @@ def test_lock_is_taken_as_soon_as_the_other_ends(tmp_path: Path) -> None:
     threading.Timer(0.2, other.__exit__, (None, None, None)).start()
     with locked(tmp_path, "abc", 10, nothing):
         pass
+
+
+def test_holder_that_gets_on_is_waited_for(tmp_path: Path) -> None:
+    """A download of hours by another instance must not end the wait for it; one that hangs must."""
+    told: list[str] = []
+    stop = threading.Event()
+    done = 0
+
+    def get_on(held: Lock) -> None:
+        nonlocal done
+        while not stop.wait(0.05):
+            done += 1
+            held.said_at = float("-inf")  # else only once a second is written
+            held.say(f"{done} of 100 GB")
+
+    with locked(tmp_path, "abc", 5, nothing) as held:
+        worker = threading.Thread(target=get_on, args=(held,))
+        worker.start()
+        threading.Timer(1.5, stop.set).start()
+        started = time.monotonic()
+        with pytest.raises(TryLater, match=f"held by pid {os.getpid()} on .*: [0-9]+ of 100 GB; waited ") as caught, locked(tmp_path, "abc", 0.7, told.append):
+            pytest.fail("two held one lock")
+        waited = time.monotonic() - started
+        worker.join()
+    assert waited >= 1.4 + 0.7
+    assert f"{done} of 100 GB" in caught.value.what
+    assert "gives up after 1 s without progress" in told[0]
+
+
+def test_progress_is_written_once_a_second_and_never_more_than_a_line(tmp_path: Path) -> None:
+    path = tmp_path / ".locks/vllm-model.abc.lock"
+    with locked(tmp_path, "abc", 5, nothing) as held:
+        held.say("first\nline\x1b[2J" + "x" * 1000)
+        text = path.read_text()
+        held.say("second")
+        assert path.read_text() == text
+        assert text.startswith(f"pid {os.getpid()} on ")
+        assert text.endswith("\n")
+        assert text.strip().isprintable()
+        assert len(text) < 300
+        held.said_at -= 2
+        held.say("third")
+        assert path.read_text().endswith(": third\n")
 
 
 def test_other_models_do_not_wait(tmp_path: Path) -> None:

@@ -144,10 +144,18 @@ def prepared(store: Path, kind: str) -> Callable[[], None]:
     if kind == "remove":
         return lambda: assert_removed(retention.remove_version(store, second))
     if kind == "mend":
+        damage(second / "LICENSE")
         publish.mark_damaged(second, ["LICENSE"])
         (second / "config.json").unlink()
     work = publishing.staged(store, 2 if kind == "mend" else 3, asked=tiny_models.request(store))
     return lambda: assert_published(work())
+
+
+def damage(path: Path) -> None:
+    """Other bytes, of the same length, of a file that no other version shares."""
+    size = path.stat().st_size
+    path.unlink()
+    path.write_bytes(b"?" * size)
 
 
 def assert_removed(result: object) -> None:
@@ -366,5 +374,16 @@ def test_all_of_it_is_on_the_disk_before_it_is_served_and_that_before_the_old_go
     settled = max(index for index, call in enumerate(calls[:placed]) if call == f"fsync {stage}")
     assert settled > max(calls.index(f"fsync {stage}/{name}") for name in names)
     assert f"fsync {home}" in calls[placed:linked]
-    assert f"fsync {store}" in calls[linked:doomed]
+    named = next(index for index, call in enumerate(calls) if call.endswith(" Tiny"))
+    assert f"fsync {store}" in calls[linked:named]
     assert {f"fsync {home}", "fsync .trash"} <= set(calls[doomed:deleted])
+    assert placed < linked < named < doomed < deleted
+
+
+def test_links_are_gone_from_the_disk_before_what_they_led_to(store: Path) -> None:
+    asked = tiny_models.request(store)
+    directory = publishing.publish_version(store, 1)
+    calls = recorded(lambda: assert_removed(retention.remove_version(store, directory)), store)
+    unlinked = max(calls.index(f"remove {name}") for name in (label(asked), "Tiny"))
+    doomed = next(index for index, call in enumerate(calls) if call.startswith("rename .published/"))
+    assert unlinked < calls.index(f"fsync {store}") < doomed

@@ -48,7 +48,6 @@ def retain(store: Path, current: Path, previous: Path | None, keep: int, tell: T
     before, and then the newest. Needs the identity's lock. It never fails: what cannot be removed stays, and is told."""
     try:
         results = [_remove(store, directory) for directory in _surplus(store, current, previous, keep)]
-        empty_trash(store, tell)
     except (OSError, VllmdError) as error:
         tell(f"old versions in {current.parent} stay: {error}")
         return []
