@@ -94,6 +94,8 @@ def test_every_key_is_listed_and_fetched_as_it_is(moto: str, bucket: Any) -> Non
     assert {file.name: file.size for file in offered.listing.files} == {key: len(body) for key, body in bodies.items()}
     for file in offered.listing.files:
         body = bodies[file.name]
+        theirs = bucket.generate_presigned_url("get_object", {"Bucket": "models", "Key": file.key}).partition("?")[0]
+        assert offered.transport.request(file, 0, 1).url == theirs
         assert get(offered, file, 0, file.size) == body
         assert get(offered, file, 3, 11) == body[3:11]
 

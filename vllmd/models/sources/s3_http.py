@@ -98,7 +98,7 @@ class Sender:
 
     def _check(self, body: bytes) -> None:
         """A sign-in page or a proxy's error comes with 200 too, and one of well-formed HTML would pass for an empty bucket."""
-        if not _LISTING.match(body) or b"<!" in body:
+        if not _LISTING.match(body) or b"<!DOCTYPE" in body:
             raise s3_errors.unreadable(self._place, f"it begins with {self._place.clean(body[:60].decode('utf-8', 'replace'))!r}")
 
 
