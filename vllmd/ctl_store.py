@@ -12,6 +12,7 @@ from typing import Any
 from vllmd.commandline import Parser
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Model
+from vllmd.errors import PermissionMissing
 
 _DESCRIPTION = "What lies in the model store of this host: models that were fetched, hub caches, directories of your own."
 _IDS = "as `vllmctl store list` shows it: an id, an id with its @revision, or the name in the store"
@@ -40,7 +41,13 @@ def _place(paths: Paths, given: str | None, environ: Mapping[str, str]) -> Place
     def tuning_for(name: str) -> type[Any]:
         return registry.get(name).tuning
 
-    settings = layers.load(paths, None, environ, {}, tuning_for, require_file=False).config.model
+    try:
+        settings = layers.load(paths, None, environ, {}, tuning_for, require_file=False).config.model
+    except PermissionMissing as error:
+        if given is None:
+            error.hint = "Run it as root (sudo vllmctl store ...), or say which store: --dir DIR"
+            raise
+        settings = Model()
     return Place(paths, Path(os.path.abspath(given or settings.dir or paths.models)), settings)  # noqa: PTH100 - resolve() would follow a link
 
 

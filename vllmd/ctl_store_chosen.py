@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 from vllmd.config.values import printable
 from vllmd.ctl_store import Place
-from vllmd.errors import ModelNotFound, PermissionMissing, UsageError
+from vllmd.errors import ConfigError, ModelNotFound, PermissionMissing, UsageError
 from vllmd.models import catalog
 from vllmd.models.catalog import PUBLISHED_KIND, Catalog, Item
 from vllmd.models.ioerrors import explained, user_name
+from vllmd.models.places import is_directory, present
 
 _VERSION = re.compile(r"[0-9a-f]{6,64}")
 LIST = "vllmctl store list shows what is"
@@ -41,6 +42,8 @@ def _owner(place: Place) -> str:
 
 def look(place: Place) -> Catalog:
     with permitted(place, "read"):
+        if present(place.store) and not is_directory(place.store):
+            raise ConfigError("bad_place", f"{place.store} is no directory", "correct --dir, or model.dir of the configuration")
         return catalog.take(place.store)
 
 

@@ -39,13 +39,23 @@ class Users:
 
     def of(self, item: Item) -> tuple[str, ...]:
         """Names of instances first; () where nobody uses it."""
-        instances = [name for each in item.held_directories for name in self.serving.get(os.path.realpath(each), ())]
-        users = (self.flocks.users(each, is_known_held=item.is_held) for each in item.held_directories)
+        instances = [name for each in item.held_at for name in self.serving.get(os.path.realpath(each), ())]
+        users = (self.flocks.users(each, is_known_held=item.is_held) for each in item.held_at)
         pids = sorted(frozenset().union(*users) - {os.getpid()})
-        instances += [self.supervisors[pid] for pid in pids if pid in self.supervisors]
-        others = [f"{_command(pid)} (pid {pid})" for pid in pids if pid not in self.supervisors]
+        named = {pid: self.supervisors.get(pid) or self.supervisors.get(_parent(pid), "") for pid in pids}
+        instances += [name for name in named.values() if name]
+        others = [f"{_command(pid)} (pid {pid})" for pid, name in named.items() if not name]
         found = tuple(dict.fromkeys((*instances, *others)))
         return found or ((ANOTHER,) if item.is_held else ())
+
+
+def _parent(pid: int) -> int:
+    """The resolve stage is a child of its supervisor. 0 where that cannot be known."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+        return int(fields[1])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def _command(pid: int) -> str:

@@ -15,7 +15,7 @@ from vllmd.ctl_store_remove import describe
 from vllmd.errors import ModelInvalid, UsageError
 from vllmd.models import amounts, audit, published
 from vllmd.models.audit import Expected
-from vllmd.models.catalog import PUBLISHED_KIND, Item
+from vllmd.models.catalog import HUB_KIND, PUBLISHED_KIND, Item
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +24,7 @@ class Wrong:
 
     path: Path
     reason: str
+    hint: str
 
 
 def verify(place: Place, names: Iterable[str], *, everything: bool) -> int:
@@ -34,21 +35,34 @@ def verify(place: Place, names: Iterable[str], *, everything: bool) -> int:
     items = list(found.items) if everything else list({item.directory: item for name in names for item in named(found, name, None)}.values())
     wrong: list[Wrong] = []
     with permitted(place, "verify"):
-        for item in items:
-            wrong += _verify(item, is_named=not everything)
+        verifiable = [(item, expected) for item in items if (expected := _expected(item, is_named=not everything)) is not None]
+        for item, expected in verifiable:
+            wrong += _verify(item, expected)
+    if everything and not verifiable:
+        sys.stdout.write(f"there is nothing in {place.store} that sums speak for\n")
     if wrong:
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
-        hint = "The next start fetches it anew where a source has it; `journalctl -k -p err` shows a disk that fails."
-        raise ModelInvalid("model_corrupt", f"{shown(str(wrong[0].path))}: {wrong[0].reason}{more}", hint)
+        raise ModelInvalid("model_corrupt", f"{shown(str(wrong[0].path))}: {wrong[0].reason}{more}", wrong[0].hint)
     return 0
 
 
-def _verify(item: Item, *, is_named: bool) -> list[Wrong]:
+def _hint(item: Item) -> str:
+    disk = "`journalctl -k -p err` shows a disk that fails."
+    if item.kind == PUBLISHED_KIND:
+        return f"The next start fetches it anew where a source has it; {disk}"
+    if item.kind == HUB_KIND:
+        return f"vllmctl store rm {shown(item.identity)}: the next start fetches it anew; {disk}"
+    return f"Put the file there again; {disk}"
+
+
+def _expected(item: Item, *, is_named: bool) -> Expected | None:
     expected = audit.expected(item)
-    if expected is None:
-        if is_named:
-            sys.stdout.write(f"{_called(item)}: no sums speak for it\n")
-        return []
+    if expected is None and is_named:
+        sys.stdout.write(f"{_called(item)}: no sums speak for it\n")
+    return expected
+
+
+def _verify(item: Item, expected: Expected) -> list[Wrong]:
     began = time.monotonic()
     with progress(shown(item.identity)) as show:
 
@@ -62,19 +76,22 @@ def _verify(item: Item, *, is_named: bool) -> list[Wrong]:
         sys.stdout.write(f"{_called(item)}: {shown(name)} {reason}\n")
     if not wrong:
         sys.stdout.write(f"{_called(item)}: {_summary(expected, time.monotonic() - began)}\n")
-    return [Wrong(expected.directory / name, reason) for name, reason in wrong.items()]
+    return [Wrong(expected.directory / name, reason, _hint(item)) for name, reason in wrong.items()]
 
 
 def _remember(item: Item, wrong: Mapping[str, str]) -> None:
     if wrong:
-        published.mark_damaged(item.directory, wrong)
+        try:
+            published.mark_damaged(item.directory, wrong)
+        except OSError as error:
+            sys.stderr.write(f"{_called(item)} could not be marked as damaged: {error.strerror}\n")
     elif item.damaged:
         published.forget_damage(item.directory)
         sys.stdout.write(f"{_called(item)}: was marked as damaged; every byte of it is right now\n")
 
 
 def _called(item: Item) -> str:
-    return shown(item.identity) if item.kind not in (PUBLISHED_KIND, "hub-cache") else describe(item)
+    return shown(item.identity) if item.kind not in (PUBLISHED_KIND, HUB_KIND) else describe(item)
 
 
 def _summary(expected: Expected, seconds: float) -> str:

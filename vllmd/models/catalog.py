@@ -17,14 +17,16 @@ from vllmd.models import catalog_hub as hub
 from vllmd.models import contents as manifests
 from vllmd.models import links, pins, published
 from vllmd.models.identity import hash12
-from vllmd.models.inuse import is_held
+from vllmd.models.inuse import Flocks, is_held
 from vllmd.models.leftovers import STAGING
+from vllmd.models.lock import DIRECTORY as LOCKS
 from vllmd.models.measure import Measure, measured
-from vllmd.models.places import is_directory, is_real_directory
+from vllmd.models.places import is_directory, is_real_directory, present
 from vllmd.models.store import PUBLISHED, published_target
 
 IMPORTED = "import."
 """Before the label: the stage of an import, which is not gone on with."""
+UNREADABLE = "not readable"
 PUBLISHED_KIND, HUB_KIND, LOCAL_KIND, UNFINISHED_KIND = "published", "hub-cache", "local", "unfinished"
 
 
@@ -54,6 +56,8 @@ class Item:
     names: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     snapshots: tuple[Path, ...] = ()
+    held_at: tuple[Path, ...] = ()
+    """Where those who use it hold their locks."""
 
     @property
     def id(self) -> str:
@@ -67,11 +71,6 @@ class Item:
     def calls(self) -> frozenset[str]:
         """What a person may call it."""
         return frozenset({self.id, self.identity, self.name, *self.names})
-
-    @property
-    def held_directories(self) -> tuple[Path, ...]:
-        """Where those who use it hold their locks."""
-        return self.snapshots or (self.directory,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +95,7 @@ class Catalog:
 
 def take(store: Path) -> Catalog:
     """Everything in the store, in order of id; an empty one where there is no store. OSError."""
-    if not is_directory(store):
+    if not present(store):
         return Catalog(store, ())
     items = sorted((*_published(store), *_hub(store), *_local(store), *_unfinished(store)), key=_order)
     counted = Counter(inode for item in items for inode in item.size.linked)
@@ -132,6 +131,7 @@ def _version(directory: Path, led_to: Mapping[str, list[Path]], pinned: Iterable
         is_current=label in names,
         is_pinned=directory.name in pinned,
         is_held=is_held(directory),
+        held_at=(directory,),
         damaged=tuple(sorted(published.damaged(directory))) if contents else (manifests.FILE,),
         last_used=directory.stat().st_mtime,
         names=tuple(name for name in names if name != label),
@@ -144,43 +144,60 @@ def _printable(text: str) -> str:
 
 def _hub(store: Path) -> Iterator[Item]:
     for repository in (*hub.repositories(store / "hub"), *hub.repositories(store)):
-        snapshots = hub.snapshots(repository)
-        unfinished = hub.unfinished_bytes(repository)
-        yield Item(
-            kind=HUB_KIND,
-            identity=hub.model_id(repository),
-            name=repository.name,
-            directory=repository,
-            size=measured(repository),
-            revision=hub.revision(repository),
-            is_held=any(map(is_held, snapshots)),
-            last_used=hub.last_used(repository, snapshots),
-            notes=(*(() if snapshots else ("no snapshot",)), *(("unfinished files",) if unfinished else ())),
-            snapshots=snapshots,
-        )
+        try:
+            yield _repository(repository)
+        except PermissionError:
+            yield Item(HUB_KIND, hub.model_id(repository), repository.name, repository, Measure(), notes=(UNREADABLE,))
+
+
+def _repository(repository: Path) -> Item:
+    snapshots = hub.snapshots(repository)
+    notes = () if snapshots else ("no snapshot",)
+    return Item(
+        kind=HUB_KIND,
+        identity=hub.model_id(repository),
+        name=repository.name,
+        directory=repository,
+        size=measured(repository),
+        revision=hub.revision(repository),
+        is_held=any(map(is_held, snapshots)),
+        held_at=snapshots,
+        last_used=hub.last_used(repository, snapshots),
+        notes=(*notes, *(("unfinished files",) if hub.unfinished_bytes(repository) else ())),
+        snapshots=snapshots,
+    )
 
 
 def _local(store: Path) -> Iterator[Item]:
     for path in sorted(store.iterdir()):
         if path.name.startswith(".") or path.name == "hub" or hub.is_repository(path) or not _is_own(store, path):
             continue
-        real = Path(os.path.realpath(path))
-        yield Item(
-            kind=LOCAL_KIND,
-            identity=_printable(path.name),
-            name=path.name,
-            directory=path,
-            size=measured(real),
-            is_held=is_held(real),
-            last_used=_used(real),
-            notes=(f"link to {_printable(str(real))}",) if path.is_symlink() else (),
-            snapshots=(real,),
-        )
+        try:
+            yield _directory(path, Path(os.path.realpath(path)))
+        except PermissionError:
+            yield Item(LOCAL_KIND, _printable(path.name), path.name, path, Measure(), notes=(UNREADABLE,))
+
+
+def _directory(path: Path, real: Path) -> Item:
+    return Item(
+        kind=LOCAL_KIND,
+        identity=_printable(path.name),
+        name=path.name,
+        directory=path,
+        size=measured(real),
+        is_held=is_held(real),
+        held_at=(real,),
+        last_used=_used(real),
+        notes=(f"link to {_printable(str(real))}",) if path.is_symlink() else (),
+    )
 
 
 def _is_own(store: Path, path: Path) -> bool:
     """A directory, or a link to one that is nothing published."""
-    return is_directory(path) and not (path.is_symlink() and published_target(store, path) is not None)
+    try:
+        return is_directory(path) and not (path.is_symlink() and published_target(store, path) is not None)
+    except PermissionError:
+        return True
 
 
 def _used(directory: Path) -> float:
@@ -196,7 +213,7 @@ def _used(directory: Path) -> float:
 
 
 def _unfinished(store: Path) -> Iterator[Item]:
-    staging = store / STAGING
+    staging, flocks = store / STAGING, Flocks.read()
     if not is_real_directory(staging):
         return
     for path in sorted(staging.iterdir()):
@@ -204,6 +221,7 @@ def _unfinished(store: Path) -> Iterator[Item]:
             continue
         label = path.name.removeprefix(IMPORTED)
         size = measured(path)
+        lock = store / LOCKS / f"vllm-model.{label.rpartition('.')[2]}.lock"
         if not size.files:
             continue
         yield Item(
@@ -212,6 +230,8 @@ def _unfinished(store: Path) -> Iterator[Item]:
             name=path.name,
             directory=path,
             size=size,
+            is_held=bool(flocks.holders(lock)),
+            held_at=(lock,),
             last_used=size.newest,
             notes=("import",) if path.name != label else (),
         )
