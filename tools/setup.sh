@@ -63,6 +63,8 @@ test_packages() {
     has debootstrap || echo debootstrap
     has systemd-nspawn || echo systemd-container
     has zstd || echo zstd
+    # The virtual machine whose power is cut.
+    [ "$(uname -m)" != x86_64 ] || has qemu-system-x86_64 || echo qemu-system-x86
 }
 
 venv_works() { .venv/bin/python -c 'import importlib.util as u, sys; sys.exit(u.find_spec("pip") is None)' 2>/dev/null; }
