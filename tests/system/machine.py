@@ -52,7 +52,7 @@ def system_disk(into: Path, program: str) -> Path:
     for package in ("vllmd", "tests"):
         shutil.copytree(CHECKOUT / package, root / "project" / package, ignore=shutil.ignore_patterns("__pycache__"))
     for module in (blake3, h11):
-        shutil.copytree(Path(module.__file__).parent, root / "site" / module.__name__)
+        shutil.copytree(Path(str(module.__file__)).parent, root / "site" / module.__name__)
     (root / "guest-init").write_text(INIT.format(program=program))
     (root / "guest-init").chmod(0o755)
     image = into / "system.img"

@@ -26,7 +26,7 @@ from vllmd.models.identity import label
 from vllmd.models.inventory import invalid
 from vllmd.models.ioerrors import explained
 from vllmd.models.listing import checked, selected
-from vllmd.models.remote import Listing
+from vllmd.models.remote import Listing, Transport, known_sums
 from vllmd.models.sources import Offered
 from vllmd.models.stage import Stage
 from vllmd.models.validate import checks_of, validate
@@ -131,7 +131,7 @@ def _filled(errand: Errand, offered: Offered, listing: Listing, stage: Stage, lo
     brought = sums.read(stage.files)
     _compare(listing, brought, digests)
     if settings.require_sums:
-        _require_sums(listing, brought)
+        _require_sums(listing, offered.transport, brought)
     files = {file.name: Entry(file.size, digests[file.name].sha256, digests[file.name].blake3, file.pin) for file in listing.files}
     created = datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
     return Contents(errand.request.identity, errand.source, listing.origin, listing.revision, created, files)
@@ -148,8 +148,9 @@ def _compare(listing: Listing, brought: Mapping[str, str], digests: Mapping[str,
             raise invalid(listing.origin, reason, "The source itself is wrong: upload the file there again.", "model_corrupt")
 
 
-def _require_sums(listing: Listing, brought: Mapping[str, str]) -> None:
-    bare = sorted(file.name for file in listing.files if weights.is_weight(file.name) and not file.sums and file.name not in brought)
+def _require_sums(listing: Listing, transport: Transport, brought: Mapping[str, str]) -> None:
+    unspoken = [file for file in listing.files if weights.is_weight(file.name) and file.name not in brought]
+    bare = sorted(file.name for file in unspoken if not known_sums(transport, file))
     if bare:
         hint = "Put a sha256sums.txt beside them (sha256sum * >sha256sums.txt), or unset model.require_sums."
         raise invalid(listing.origin, f"no sum speaks for {weights.first_five(bare)}", hint, "sums_missing")
