@@ -141,9 +141,6 @@ class Connection:
     def _wrap(self, secure: ssl.SSLContext, host: str) -> None:
         with self._lock:
             plain = self.wire
-            # Encryption within encryption has no socket of its own to give: a proxy that is spoken to by TLS is for plain http.
-            if isinstance(plain, ssl.SSLSocket):
-                raise Again("https through a proxy that is itself https is not supported")
             self._socket = secure.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
         try:
             with self.waiting():

@@ -101,8 +101,9 @@ def _proxy(scheme: str, host: str, port: int, environ: Mapping[str, str]) -> Pro
         name = parts.hostname or ""
     except (ValueError, KeyError):
         name, number = "", 0
-    if not name:
-        raise ConfigError("proxy_refused", f"{variable} names no proxy that can be used", f"Set {variable} to http://HOST:PORT.")
+    # Encryption within encryption has no socket of its own to give: https goes through a proxy that is spoken to in plain.
+    if not name or parts.scheme not in _PORTS or parts.scheme == scheme == "https":
+        raise ConfigError("proxy_refused", f"{variable} names no proxy that can be used for {scheme}", f"Set {variable} to http://HOST:PORT.")
     return Proxy(name, number, parts.scheme == "https", _authorization(parts))
 
 
