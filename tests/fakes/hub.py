@@ -11,6 +11,7 @@ import hashlib
 import json
 import re
 import socket
+import ssl
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ class Reply:
 
 class FakeHub:
     """`gated` and `private` repositories want `token`; any other token is a bad one. `script` may answer in the hub's place (None:
-    the hub answers). `asked` is all that came, in order; `sent_bytes` of bodies, by server."""
+    the hub answers). With a `certificate` (PEM, with its key) it speaks TLS. `asked` is all that came, in order; `sent_bytes` of bodies, by server."""
 
     def __init__(
         self,
@@ -61,6 +62,7 @@ class FakeHub:
         gated: Iterable[str] = (),
         private: Iterable[str] = (),
         script: Callable[[Asked], Reply | None] = lambda _asked: None,
+        certificate: Path | None = None,
     ) -> None:
         self.models = {name: _files(content) for name, content in models.items()}
         self.token, self.gated, self.private, self.script = token, set(gated), set(private), script
@@ -69,7 +71,7 @@ class FakeHub:
         self.sent_bytes = {"hub": 0, "cdn": 0}
         self.closing = threading.Event()
         self._history = {(name, self.commit(name)): files for name, files in self.models.items()}
-        self._hub, self._cdn = _Server(_handler(self, "hub")), _Server(_handler(self, "cdn"))
+        self._hub, self._cdn = _Server(_handler(self, "hub"), certificate), _Server(_handler(self, "cdn"), certificate)
         self.url, self.cdn_url = self._hub.url, self._cdn.url
 
     def __enter__(self) -> FakeHub:
@@ -237,11 +239,16 @@ def _ranged(asked: Asked, content: bytes, headers: dict[str, str]) -> Reply:
 class _Server(ThreadingHTTPServer):
     daemon_threads = False  # so that server_close waits for them
 
-    def __init__(self, handler: type[BaseHTTPRequestHandler]) -> None:
+    def __init__(self, handler: type[BaseHTTPRequestHandler], certificate: Path | None) -> None:
         self._open: set[socket.socket] = set()
         self._lock = threading.Lock()
         super().__init__(("127.0.0.1", 0), handler)
         self.url = f"http://127.0.0.1:{self.server_port}"
+        if certificate is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.socket = context.wrap_socket(self.socket, server_side=True)
+            self.url = self.url.replace("http:", "https:")
         self._thread = threading.Thread(target=self.serve_forever, args=(0.02,))
 
     def start(self) -> None:
