@@ -246,24 +246,33 @@ def test_killed_at_random_many_times(store: Path) -> None:
     kill_at_random(store, KILLS)
 
 
-def test_publishers_collector_and_server_at_once(store: Path) -> None:
+def at_once(store: Path, count: int) -> None:
     """Two resolvers of one model, one of another that shares files with it, a collector, and somebody who serves: whoever
     holds a version finds it whole to the byte."""
     with ExitStack() as stack:
         server, collector = (stack.enter_context(started(program, store)) for program in (SERVER, COLLECTOR))
         models = ("acme/Tiny", "acme/Tiny", "other/Tiny")
-        publishers = [stack.enter_context(started(PUBLISHER, store, model, 1000 * number, 60)) for number, model in enumerate(models)]
-        outputs = [child.communicate(timeout=120)[0] for child in publishers]
+        publishers = [stack.enter_context(started(PUBLISHER, store, model, 1_000_000 * number, count)) for number, model in enumerate(models)]
+        outputs = [child.communicate(timeout=600)[0] for child in publishers]
         (store / "over").touch()
         served, removed = (child.communicate(timeout=60)[0] for child in (server, collector))
         assert [child.returncode for child in (*publishers, server, collector)] == [0] * 5
-    assert all(output.count("\n") == 61 for output in outputs)
+    assert all(output.count("\n") == count + 1 for output in outputs)
     assert int(served) > 0
     assert int(removed) > 0
     for model_id in set(models):
         publishing.publish_version(store, 1, asked=tiny_models.request(store, model_id))
         assert publishing.wrong(store, tiny_models.request(store, model_id)) == []
     assert publishing.half(store) == []
+
+
+def test_publishers_collector_and_server_at_once(store: Path) -> None:
+    at_once(store, 60)
+
+
+@pytest.mark.soak
+def test_publishers_collector_and_server_for_long(store: Path) -> None:
+    at_once(store, 5 * KILLS)
 
 
 @pytest.mark.parametrize("short_of", ["size", "nr_inodes"])

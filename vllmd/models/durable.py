@@ -11,7 +11,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from vllmd.models.inventory import OWN_FILES
@@ -23,6 +23,7 @@ OWN_FILE_MODE = 0o644
 DIRECTORY_MODE = 0o755
 """Not read-only: to move a directory to another parent, which is how a version is removed, takes w on itself too."""
 THREADS = 8
+BATCH = 64
 SAY_AGAIN_S = 10.0
 
 
@@ -41,19 +42,17 @@ def settle(directory: Path, owner: os.stat_result, tell: Callable[[str], None]) 
     names = list(files(directory))
     told = time.monotonic()
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
-        modes = [OWN_FILE_MODE if path.parent == directory and path.name in OWN_FILES else FILE_MODE for path in names]
-        jobs = [pool.submit(_settle_file, path, owner, mode) for path, mode in zip(names, modes, strict=True)]
-        try:
-            for done, job in enumerate(as_completed(jobs), 1):
-                job.result()
-                if time.monotonic() - told >= SAY_AGAIN_S:
-                    told = time.monotonic()
-                    tell(f"{done} of {len(names)} files are on the disk")
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for begin in range(0, len(names), BATCH):
+            if time.monotonic() - told >= SAY_AGAIN_S:
+                told = time.monotonic()
+                tell(f"{begin} of {len(names)} files are on the disk")
+            list(pool.map(lambda path: _settle_file(path, owner, _mode(directory, path)), names[begin : begin + BATCH]))
     for path in directories(directory):
         _settle_directory(path, owner)
+
+
+def _mode(directory: Path, path: Path) -> int:
+    return OWN_FILE_MODE if path.parent == directory and path.name in OWN_FILES else FILE_MODE
 
 
 def directories(directory: Path) -> list[Path]:

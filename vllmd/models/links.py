@@ -6,6 +6,7 @@ puts it back if we end before the link is there.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -80,5 +81,6 @@ def leading_to(store: Path) -> dict[str, list[Path]]:
     with os.scandir(store) as entries:
         for entry in entries:
             if entry.is_symlink():
-                found.setdefault(os.path.realpath(entry.path), []).append(Path(entry.path))
+                with contextlib.suppress(FileNotFoundError):  # removed between two looks
+                    found.setdefault(os.path.realpath(entry.path), []).append(Path(entry.path))
     return found

@@ -36,7 +36,10 @@ USE_LOCK = ".complete"
 
 def published_target(store: Path, link: Path) -> Path | None:
     """Where a link of the store leads, if that is a version below .published; else None. OSError."""
-    real = Path(os.path.realpath(link))
+    try:
+        real = Path(os.path.realpath(link))
+    except FileNotFoundError:  # removed between two looks
+        return None
     below = Path(os.path.realpath(store / PUBLISHED))
     is_version = real.is_relative_to(below) and len(real.relative_to(below).parts) == 2 and is_directory(real)
     return real if is_version else None
