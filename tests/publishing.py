@@ -135,6 +135,7 @@ def half(store: Path) -> list[str]:
     """What may lie about after a kill, but no longer after the next publication."""
     found = [str(path) for path in (store / ".published").glob("*/.link.*")]
     found += [str(path) for path in (store / ".trash").glob("*")]
+    found += [str(path) for path in (store / ".published").glob("*/*.damaged") if not path.with_suffix("").exists()]
     found += [str(path) for path in store.glob("*.bak.*")]
     found += [str(path) for path in store.glob(".staging/*/files")]
     found += [f"{path} is not whole" for path in directories(store) if (contents := manifest_of(path)) is None or fault(path, contents)]

@@ -166,7 +166,7 @@ def test_store_that_is_reached_by_a_link(tmp_path: Path, told: list[str]) -> Non
     assert publishing.wrong(tmp_path / "models", tiny_models.request(tmp_path / "models")) == []
 
 
-@pytest.mark.parametrize("what", ["foreign", "missing", "short", "link"])
+@pytest.mark.parametrize("what", ["foreign", "missing", "short", "link", "all of it"])
 def test_stage_that_was_changed_is_not_published(tmp_path: Path, published: Published, what: str) -> None:
     published(1)
     asked = tiny_models.request(tmp_path)
@@ -175,13 +175,16 @@ def test_stage_that_was_changed_is_not_published(tmp_path: Path, published: Publ
     config = staged / "config.json"
     if what == "foreign":
         (staged / "sub/more.bin").write_bytes(b"x")
-    else:
+    elif what != "all of it":
         config.unlink()
     if what == "short":
         config.write_bytes(b"{")
     elif what == "link":
         (tmp_path / "config.json").write_bytes(files["config.json"])
         config.symlink_to(tmp_path / "config.json")
+    elif what == "all of it":
+        staged.rename(tmp_path / "elsewhere")
+        staged.symlink_to(tmp_path / "elsewhere")
     before = names(tmp_path)
     with pytest.raises(StorageFailed, match="something else changed the stage"):
         publish.publish(tmp_path, asked, staged, publishing.described(asked, files), 2, nothing)
@@ -286,6 +289,36 @@ def test_mark_says_which_files_and_grows(tmp_path: Path, published: Published) -
     publish.mark_damaged(directory, iter(["config.json"]))
     assert publish.damaged(directory) == {"LICENSE", "config.json"}
     assert json.loads(mark_of(directory).read_text()) == ["LICENSE", "config.json"]
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo", "directory", "number", "nested", "giant"])
+def test_mark_that_cannot_be_understood_speaks_for_all(published: Published, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    directory = published(1)
+    mark = mark_of(directory)
+    match kind:
+        case "link":
+            mark.symlink_to("/dev/zero")
+        case "fifo":
+            os.mkfifo(mark)
+        case "directory":
+            mark.mkdir()
+        case "giant":
+            monkeypatch.setattr("vllmd.models.published.MARK_LIMIT_BYTES", 10)
+            mark.write_text(json.dumps(["config.json"]))
+        case _:
+            mark.write_text({"number": "[1]", "nested": "[" * 100_000}[kind])
+    assert publish.damaged(directory) == {"config.json", "tokenizer.json", "LICENSE", "model.safetensors", "sub/notes.txt"}
+
+
+def test_version_that_became_a_link_is_made_anew_where_it_belongs(tmp_path: Path, published: Published) -> None:
+    directory = published(1)
+    directory.rename(tmp_path / "elsewhere")
+    directory.symlink_to(tmp_path / "elsewhere")
+    before = tiny_models.tree(tmp_path / "elsewhere")
+    assert publish.current(tmp_path, tiny_models.request(tmp_path)) is None
+    assert published(1) == directory
+    assert not directory.is_symlink()
+    assert tiny_models.tree(tmp_path / "elsewhere") == before
 
 
 def test_mark_is_for_published_versions_only(tmp_path: Path) -> None:

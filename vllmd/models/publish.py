@@ -23,13 +23,13 @@ from pathlib import Path
 from vllmd.core.plan import ModelRequest
 from vllmd.errors import StorageFailed
 from vllmd.models import contents as manifests
-from vllmd.models import durable, links, provenance, retention
+from vllmd.models import durable, links, provenance, published, retention
 from vllmd.models.contents import Contents, Entry
 from vllmd.models.identity import hash12, label
 from vllmd.models.inventory import OWN_FILES
 from vllmd.models.ioerrors import translated
 from vllmd.models.lock import private_directory
-from vllmd.models.places import present
+from vllmd.models.places import is_real_directory, present
 from vllmd.models.published import damaged, fault, forget_damage, manifest_of, mark_damaged, versions
 from vllmd.models.remote import Listing
 from vllmd.models.store import PUBLISHED, USE_LOCK, published_target
@@ -89,7 +89,7 @@ def publish(store: Path, request: ModelRequest, stage: Path, contents: Contents,
         directory = _home(store, request) / contents.sha256
         _check_stage(stage, contents, directory)
         _complete(store, request, stage, contents, tell)
-        _place(stage, directory, contents)
+        _place(store, stage, directory, contents)
         previous = published_target(store, store / label(request))
         _link(store, request, directory, tell)
         real = Path(os.path.realpath(directory))
@@ -115,11 +115,14 @@ def _home(store: Path, request: ModelRequest) -> Path:
     with contextlib.suppress(OSError):  # the store itself may be new, or in a directory that is none of our business
         durable.sync_directory(store.parent)
     links.clear_unfinished(home)
+    published.forget_removed(home)
     return home
 
 
 def _check_stage(stage: Path, contents: Contents, directory: Path) -> None:
     """The last look before it is served: these files, of these sizes, no links, and on one file system with the store."""
+    if stage.is_symlink():
+        raise _changed(stage, "is a link")
     if stage.stat().st_dev != directory.parent.stat().st_dev:
         what = f"{stage} and {directory.parent} are on two file systems: a model cannot be moved between them in one step"
         raise StorageFailed("store_split", what, "Let .published and .staging be plain directories of the store.")
@@ -147,7 +150,9 @@ def _complete(store: Path, request: ModelRequest, stage: Path, contents: Content
     durable.settle(stage, store.stat(), tell)
 
 
-def _place(stage: Path, directory: Path, contents: Contents) -> None:
+def _place(store: Path, stage: Path, directory: Path, contents: Contents) -> None:
+    if present(directory) and not is_real_directory(directory):
+        retention.discard(store, directory)  # a link, say: nothing is written to where it leads
     if present(directory):
         _mend(stage, directory, contents)
         shutil.rmtree(stage)

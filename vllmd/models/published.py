@@ -141,6 +141,13 @@ def _inode(path: Path) -> tuple[int, int] | None:
     return (status.st_dev, status.st_ino) if status is not None and status.st_nlink > 1 else None
 
 
+def forget_removed(home: Path) -> None:
+    """Marks of versions whose removal was interrupted. Needs the lock. OSError."""
+    for path in home.glob("*.damaged"):
+        if not present(path.with_suffix("")):
+            path.unlink(missing_ok=True)
+
+
 def forget_damage(directory: Path) -> None:
     """Its files were replaced by good ones. OSError."""
     path = mark_of(directory)
