@@ -67,6 +67,8 @@ class FakeHub:
         self.models = {name: _files(content) for name, content in models.items()}
         self.token, self.gated, self.private, self.script = token, set(gated), set(private), script
         self.refs: dict[str, dict[str, str]] = {name: {"main": _commit(files)} for name, files in self.models.items()}
+        self.xet_url = ""
+        """Where files are in Xet too, if they are."""
         self.asked: list[Asked] = []
         self.sent_bytes = {"hub": 0, "cdn": 0}
         self.closing = threading.Event()
@@ -113,6 +115,9 @@ class FakeHub:
             return self._info(asked, match[1], match[2] or "main")
         if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)/?", asked.path):
             return self._tree(asked, match[1], match[2])
+        if re.fullmatch(r"/api/models/[^/]+/[^/]+/xet-read-token/[^/]+", asked.path):
+            key = {"X-Xet-Cas-Url": self.xet_url, "X-Xet-Access-Token": "xet_key", "X-Xet-Token-Expiration": "4000000000"}
+            return Reply(200, b"{}", key)
         if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", asked.path):
             return self._resolve(asked, match[1], match[2], match[3])
         return refusal(404, "", "Not found")
@@ -169,6 +174,8 @@ class FakeHub:
             return _ranged(asked, content, headers | {"ETag": f'"{_git_sha1(content)}"'})
         sha256 = hashlib.sha256(content).hexdigest()
         headers |= {"X-Linked-Etag": f'"{sha256}"', "X-Linked-Size": str(len(content)), "ETag": f'"{_git_sha1(_pointer(content))}"'}
+        if self.xet_url:
+            headers |= {"X-Xet-Hash": sha256, "Link": f'<{self.url}/api/models/{name}/xet-read-token/{commit}>; rel="xet-auth"'}
         location = f"{self.cdn_url}/{name}/{sha256}?X-Amz-Signature={'0' * 64}&response-content-disposition={quote(path)}"
         return Reply(302, b"Found", headers | {"Location": location})
 
