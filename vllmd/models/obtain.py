@@ -111,8 +111,12 @@ def _announce(errand: Errand, listing: Listing, missing: int, adopted: int) -> N
     kept = listing.bytes - missing - adopted
     notes = [f"{amounts.size(adopted)} are shared with other versions"] if adopted else []
     notes += [f"{amounts.size(kept)} are here from an earlier attempt"] if kept > 0 else []
-    what = f"{errand.request.identity} will be downloaded: {amounts.size(missing)} of {amounts.files(len(listing.files))} from {listing.origin}"
+    what = f"{errand.request.identity} will be downloaded: {amounts.size(missing)} of {amounts.files(len(listing.files))} from {_place(listing)}"
     errand.say(what + (f" ({', '.join(notes)})" if notes else ""))
+
+
+def _place(listing: Listing) -> str:
+    return f"{listing.origin} at {listing.revision[:12]}" if listing.revision else listing.origin
 
 
 def _filled(errand: Errand, offered: Offered, listing: Listing, stage: Stage, log: FetchLog) -> Contents:

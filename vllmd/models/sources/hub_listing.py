@@ -41,7 +41,7 @@ def listed(place: Place, environ: Mapping[str, str]) -> Listed:
     if len(siblings) > MAX_FILES:
         raise ModelInvalid("model_unsafe", f"{place.url} lists {len(siblings)} files; more than {MAX_FILES} are no model", "Does model.id name a model?")
     files = tuple(_file(sibling, place) for sibling in siblings)
-    return Listed(Listing(files, f"{place.url}@{commit[:12]}", commit), bool(info.gated))
+    return Listed(Listing(files, place.url, commit), bool(info.gated))
 
 
 def _file(sibling: Any, place: Place) -> RemoteFile:
