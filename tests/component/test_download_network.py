@@ -120,9 +120,10 @@ def test_https_through_a_proxy_with_credentials(ran: Ran, authority: tuple[ssl.S
 
 @pytest.mark.parametrize("scheme", ["http", "https"])
 def test_proxy_that_wants_credentials_says_so(ran: Ran, authority: tuple[ssl.SSLContext, Path], scheme: str) -> None:
-    with ForwardProxy("Basic x") as proxy, pytest.raises(PermissionMissing) as raised:
+    with ForwardProxy("Basic x") as proxy:
         environ = {f"{scheme}_proxy": f"http://127.0.0.1:{proxy.port}", "SSL_CERT_FILE": str(authority[1])}
-        ran.fetch(listing(FILES), Plain(f"{scheme}://127.0.0.1:9"), environ=environ)
+        with pytest.raises(PermissionMissing) as raised:
+            ran.fetch(listing(FILES), Plain(f"{scheme}://127.0.0.1:9"), environ=environ)
     assert "407" in raised.value.what
 
 

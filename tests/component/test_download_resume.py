@@ -8,6 +8,7 @@ import random
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def test_killed_two_hundred_times(ran: Ran) -> None:
     ran.check(files)
 
 
-def interrupted(ran: Ran, files: dict[str, Content], monkeypatch: pytest.MonkeyPatch, *, sums: bool = True) -> Listing:
+def interrupted(ran: Ran, files: Mapping[str, Content], monkeypatch: pytest.MonkeyPatch, *, sums: bool = True) -> Listing:
     """A download of which the last file failed and the first is half there."""
     monkeypatch.setattr(worker, "NOTE_BYTES", 1 << 20)
     monkeypatch.setattr(hashers, "NOTE_BYTES", 1 << 20)

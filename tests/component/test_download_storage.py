@@ -15,7 +15,6 @@ from tests.component.downloads import LIMITS, Plain, Ran, listing, noise
 from tests.fakes.files_server import Exchange, FilesServer
 from tests.needs import need
 from vllmd.errors import StorageFailed, VllmdError
-from vllmd.models.transfer import hashers, receive
 
 pytestmark = pytest.mark.component
 
@@ -115,7 +114,7 @@ def test_disk_that_cannot_read_back_what_it_took(tmp_path: Path, monkeypatch: py
     def failing(fd: int, buffers: object, offset: int) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
-    monkeypatch.setattr(hashers.os, "preadv", failing)
+    monkeypatch.setattr(os, "preadv", failing)
     with FilesServer(FILES) as server, pytest.raises(StorageFailed):
         Ran(tmp_path).fetch(listing(FILES), Plain(server.url))
 
@@ -128,7 +127,7 @@ def test_file_system_without_splice(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             raise OSError(errno.EINVAL, "Invalid argument")
         return splice(source, sink, count)
 
-    monkeypatch.setattr(receive.os, "splice", refusing)
+    monkeypatch.setattr(os, "splice", refusing)
     ran = Ran(tmp_path)
     with FilesServer(FILES) as server:
         ran.fetch(listing(FILES), Plain(server.url))
