@@ -364,6 +364,26 @@ def recorded(work: Callable[[], None], store: Path) -> list[str]:
     return (store / "calls").read_text().splitlines()
 
 
+def test_service_without_privileges_goes_on_with_what_root_published(store: Path) -> None:
+    """It links to files that it may not write, and removes them."""
+    need(os.geteuid() == 0, "root, to become another user")
+    os.chown(store, 12345, 12345)
+    publishing.publish_version(store, 1)
+
+    def work() -> None:
+        os.setgroups([])
+        os.setresgid(12345, 12345, 12345)
+        os.setresuid(12345, 12345, 12345)
+        for number in (2, 3):
+            publishing.publish_version(store, number)
+        assert_removed(retention.remove_version(store, publishing.publish_version(store, 4)))
+
+    assert in_child(work, Steps(0, killed)) == 0
+    assert {path.parent.name for path in directories(store)} == {label(tiny_models.request(store))}
+    assert len(directories(store)) == 1
+    assert list((store / ".trash").iterdir()) == []
+
+
 def test_all_of_it_is_on_the_disk_before_it_is_served_and_that_before_the_old_goes(store: Path) -> None:
     """What a power cut would leave, as far as the order of the calls tells."""
     asked = tiny_models.request(store)
