@@ -12,8 +12,8 @@ HEAD = ("figure", "median", "p99", "n", "bar", "", "compared with (median)")
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """One row. `samples` are in `unit`; `bar` is the most that `judged` (median or p99) may be, None where nothing was
-    promised; `against` is what stands in the last column; `missing` says why there are no samples."""
+    """One row. `samples` are in `unit`; `bar` is the most that `judged` (median or p99) may be, or the least with `at_least`,
+    None where nothing was promised; `against` is what stands in the last column; `missing` says why there are no samples."""
 
     what: str
     samples: Sequence[float] = ()
@@ -22,6 +22,7 @@ class Figure:
     judged: str = "median"
     against: str = ""
     missing: str = ""
+    at_least: bool = False
 
     @property
     def median(self) -> float:
@@ -37,7 +38,10 @@ class Figure:
     def verdict(self) -> str:
         if self.bar is None or not self.samples:
             return ""
-        return "ok" if (self.p99 if self.judged == "p99" else self.median) <= self.bar else "OVER"
+        value = self.p99 if self.judged == "p99" else self.median
+        if self.at_least:
+            return "ok" if value >= self.bar else "UNDER"
+        return "ok" if value <= self.bar else "OVER"
 
     def cells(self) -> tuple[str, ...]:
         if not self.samples:
@@ -48,7 +52,7 @@ class Figure:
     def _bar(self) -> str:
         if self.bar is None:
             return ""
-        return f"<= {self.bar:g} {self.unit}" + (" p99" if self.judged == "p99" else "")
+        return f"{'>=' if self.at_least else '<='} {self.bar:g} {self.unit}" + (" p99" if self.judged == "p99" else "")
 
     def show(self, value: float) -> str:
         digits = {"s": 3, "ms": 3, "MiB": 1, "%": 3}.get(self.unit, 2)
