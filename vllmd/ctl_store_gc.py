@@ -13,9 +13,10 @@ from vllmd.ctl_store import Place
 from vllmd.ctl_store_chosen import look, permitted
 from vllmd.ctl_store_remove import describe, removed
 from vllmd.ctl_store_users import Users
-from vllmd.errors import StorageFailed
+from vllmd.errors import ModelInvalid, PermissionMissing, StorageFailed, VllmdError
 from vllmd.models import amounts, discard, leftovers
 from vllmd.models.catalog import PUBLISHED_KIND, Catalog, Item
+from vllmd.models.ioerrors import explained
 from vllmd.models.measure import measured
 from vllmd.models.retention import InUse, Removed
 
@@ -30,7 +31,7 @@ class Work:
 
 
 def collect(place: Place, keep: int, *, is_dry: bool) -> int:
-    """Says what goes and what it gives back. StorageFailed at the end, where something could not be removed."""
+    """Says what goes and what it gives back. At the end StorageFailed or PermissionMissing, where something could not be removed."""
     found = look(place)
     with permitted(place, "read"):
         work = list(_work(place, found, Users.look(place.paths), keep))
@@ -45,12 +46,16 @@ def collect(place: Place, keep: int, *, is_dry: bool) -> int:
 
 
 def _done(work: list[Work]) -> None:
-    freed, gone, failed = 0, 0, []
+    freed, gone = 0, 0
+    failed: list[VllmdError] = []
     for each in work:
         try:
-            result = each.act()
-        except StorageFailed as error:
+            with explained(f"remove {each.what}"):
+                result = each.act()
+        except (StorageFailed, PermissionMissing) as error:
             failed.append(error)
+            continue
+        except ModelInvalid:  # it is gone already: publications clean up too
             continue
         if isinstance(result, InUse):
             sys.stdout.write(f"{each.what} stays: it {result.reason}\n")
@@ -65,7 +70,7 @@ def _done(work: list[Work]) -> None:
 def _work(place: Place, found: Catalog, users: Users, keep: int) -> Iterator[Work]:
     store = place.store
     for path in discard.rubbish(store):
-        yield _deletion(path, "what an interrupted removal left", measured(path).own_bytes if path.is_dir() else 0)
+        yield _deletion(path, "what an interrupted removal left", _bytes(path))
     for item in surplus(found, keep):
         used = users.of(item)
         if used:
@@ -76,13 +81,21 @@ def _work(place: Place, found: Catalog, users: Users, keep: int) -> Iterator[Wor
         days = int(stale.age_s // 86400)
         yield Work(f"the download of {stale.label} that ended {days} days ago", stale.bytes, partial(leftovers.remove_stage, store, stale))
     for path in discard.orphans(store):
-        yield _deletion(path, f"{path.name}, which is of a directory that is gone", path.lstat().st_size)
+        yield _deletion(path, f"{path.name}, which is of a directory that is gone", _bytes(path))
     for home in discard.bare_homes(store):
         yield Work(f"{home.name}, which has no version", 0, partial(_home_removed, store, home))
 
 
 def _home_removed(store: Path, home: Path) -> Removed | None:
     return Removed(home, 0) if discard.remove_home(store, home) else None
+
+
+def _bytes(path: Path) -> int:
+    """0 for what vanished meanwhile or may not be looked into."""
+    try:
+        return measured(path).own_bytes if path.is_dir() else path.lstat().st_size
+    except OSError:
+        return 0
 
 
 def _deletion(path: Path, what: str, size: int) -> Work:

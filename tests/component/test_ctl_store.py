@@ -24,6 +24,7 @@ from vllmd.config.paths import Paths, root_paths
 from vllmd.core.plan import ModelRequest
 from vllmd.models import demo
 from vllmd.models.identity import label
+from vllmd.models.inuse import Flocks
 from vllmd.models.lock import DIRECTORY as LOCKS
 from vllmd.models.published import damaged, mark_damaged
 
@@ -192,10 +193,13 @@ def test_a_thousand_entries_are_listed_in_a_second(paths: Paths, store: Path) ->
         for name in ("config.json", "model.safetensors", ".complete", ".vllmd-manifest.json"):
             (directory / name).write_text("{}")
         (store / f"org-M{number}.{number:012x}").symlink_to(directory.relative_to(store))
-    began = time.monotonic()
-    listing = subprocess.run(program(paths, "list"), capture_output=True, text=True, check=True, timeout=60)
-    assert len(listing.stdout.splitlines()) == 1003
-    assert time.monotonic() - began < 2.5  # 0.4 s on a calm machine
+    with subprocess.Popen(program(paths, "list"), stdout=subprocess.PIPE, text=True) as listing:
+        assert listing.stdout is not None
+        assert len(listing.stdout.read().splitlines()) == 1003
+        _, status, usage = os.wait4(listing.pid, 0)
+        listing.returncode = os.waitstatus_to_exitcode(status)
+    # Of the processor: the machine may be busy. All of it takes 0.5 s on a calm one.
+    assert usage.ru_utime + usage.ru_stime < 1.5
 
 
 def test_users_are_instances_by_name_and_others_by_process(ctl: Run, paths: Paths, store: Path) -> None:
@@ -215,6 +219,27 @@ def test_status_of_a_supervisor_that_is_dead_is_no_user(ctl: Run, paths: Paths, 
     with instance(paths, "demo", directory, holds=False):
         assert items(ctl)[0]["used_by"] == ["demo"]
     assert items(ctl)[0]["used_by"] == []
+
+
+def test_user_whom_the_kernel_does_not_name_is_a_user_all_the_same(ctl: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From within a container, or of another host, only the lock itself is seen."""
+    directory = publishing.publish_version(store, 1)
+    snapshot = tiny_models.snapshot(store / "hub", "org/Cached", COMMIT)
+    monkeypatch.setattr(Flocks, "read", lambda: Flocks({}))
+    with holding(HOLD, directory), holding(HOLD, snapshot):
+        assert [item["used_by"] for item in items(ctl)] == [["another process"]] * 2
+        for name in ("acme/Tiny", "org/Cached"):
+            refused = ctl("rm", name, "--yes")
+            assert refused.returncode == 75
+            assert "in use by another process" in refused.stderr
+
+
+def test_listing_bears_versions_that_come_and_go(ctl: Run, store: Path) -> None:
+    program = "from tests import publishing\nstore = Path(sys.argv[1])\npublishing.publish_version(store, 0)\nprint('held', flush=True)\n"
+    program += "for number in range(1, 100000): publishing.publish_version(store, number, keep=1)"
+    with holding(program, store):
+        for _ in range(100):
+            assert len(items(ctl, "published")) <= 3
 
 
 def test_listing_disturbs_nobody_and_changes_nothing(ctl: Run, store: Path) -> None:
@@ -470,6 +495,21 @@ def test_old_downloads_and_rubbish_go_young_ones_stay(ctl: Run, store: Path) -> 
     assert list((store / ".trash").iterdir()) == []
     assert len(list((store / ".published").iterdir())) == 1
     assert ctl("gc").stdout == "nothing to remove\n"
+
+
+def test_one_thing_that_cannot_be_removed_does_not_keep_the_others(ctl: Run, store: Path) -> None:
+    versions = [publishing.publish_version(store, number, keep=9) for number in (1, 2)]
+    stuck = store / ".trash" / "0000"
+    stuck.mkdir(parents=True)
+    subprocess.run(["chattr", "+i", stuck], check=False, capture_output=True)
+    try:
+        need("i" in subprocess.run(["lsattr", "-d", stuck], check=False, capture_output=True, text=True).stdout.partition(" ")[0], "chattr +i")
+        result = ctl("gc", "--keep", "1")
+        assert result.returncode == 77
+        assert str(stuck) in result.stderr
+        assert [path.is_dir() for path in versions] == [False, True]
+    finally:
+        subprocess.run(["chattr", "-i", stuck], check=False, capture_output=True)
 
 
 def test_keep_is_a_number_of_at_least_one(ctl: Run, store: Path) -> None:

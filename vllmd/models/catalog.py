@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -26,7 +26,6 @@ from vllmd.models.store import PUBLISHED, published_target
 
 IMPORTED = "import."
 """Before the label: the stage of an import, which is not gone on with."""
-UNREADABLE = "not readable"
 PUBLISHED_KIND, HUB_KIND, LOCAL_KIND, UNFINISHED_KIND = "published", "hub-cache", "local", "unfinished"
 
 
@@ -110,7 +109,18 @@ def _order(item: Item) -> tuple[str, str, str, bool, str]:
 def _published(store: Path) -> Iterator[Item]:
     led_to, pinned = links.leading_to(store), pins.pinned(store)
     for directory in published.directories(store):
-        yield _version(directory, led_to, pinned)
+        yield from _seen(PUBLISHED_KIND, directory.parent.name, directory, lambda path: _version(path, led_to, pinned))
+
+
+def _seen(kind: str, identity: str, path: Path, look: Callable[[Path], Item]) -> Iterator[Item]:
+    """The entry; nothing where it vanished meanwhile, and its name alone where it may not be read."""
+    try:
+        yield look(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except PermissionError:
+        name = path.parent.name if kind == PUBLISHED_KIND else path.name
+        yield Item(kind, _printable(identity), name, path, Measure(), notes=("not readable",))
 
 
 def _version(directory: Path, led_to: Mapping[str, list[Path]], pinned: Iterable[str]) -> Item:
@@ -144,10 +154,7 @@ def _printable(text: str) -> str:
 
 def _hub(store: Path) -> Iterator[Item]:
     for repository in (*hub.repositories(store / "hub"), *hub.repositories(store)):
-        try:
-            yield _repository(repository)
-        except PermissionError:
-            yield Item(HUB_KIND, hub.model_id(repository), repository.name, repository, Measure(), notes=(UNREADABLE,))
+        yield from _seen(HUB_KIND, hub.model_id(repository), repository, _repository)
 
 
 def _repository(repository: Path) -> Item:
@@ -172,13 +179,11 @@ def _local(store: Path) -> Iterator[Item]:
     for path in sorted(store.iterdir()):
         if path.name.startswith(".") or path.name == "hub" or hub.is_repository(path) or not _is_own(store, path):
             continue
-        try:
-            yield _directory(path, Path(os.path.realpath(path)))
-        except PermissionError:
-            yield Item(LOCAL_KIND, _printable(path.name), path.name, path, Measure(), notes=(UNREADABLE,))
+        yield from _seen(LOCAL_KIND, path.name, path, _directory)
 
 
-def _directory(path: Path, real: Path) -> Item:
+def _directory(path: Path) -> Item:
+    real = Path(os.path.realpath(path))
     return Item(
         kind=LOCAL_KIND,
         identity=_printable(path.name),
@@ -217,24 +222,26 @@ def _unfinished(store: Path) -> Iterator[Item]:
     if not is_real_directory(staging):
         return
     for path in sorted(staging.iterdir()):
-        if not is_real_directory(path):
-            continue
-        label = path.name.removeprefix(IMPORTED)
-        size = measured(path)
-        lock = store / LOCKS / f"vllm-model.{label.rpartition('.')[2]}.lock"
-        if not size.files:
-            continue
-        yield Item(
-            kind=UNFINISHED_KIND,
-            identity=_fetched_identity(staging, label),
-            name=path.name,
-            directory=path,
-            size=size,
-            is_held=bool(flocks.holders(lock)),
-            held_at=(lock,),
-            last_used=size.newest,
-            notes=("import",) if path.name != label else (),
-        )
+        if is_real_directory(path):
+            found = _seen(UNFINISHED_KIND, path.name, path, lambda path: _stage(store, path, flocks))
+            yield from (item for item in found if item.size.files or item.notes)
+
+
+def _stage(store: Path, path: Path, flocks: Flocks) -> Item:
+    label = path.name.removeprefix(IMPORTED)
+    lock = store / LOCKS / f"vllm-model.{label.rpartition('.')[2]}.lock"
+    size = measured(path)
+    return Item(
+        kind=UNFINISHED_KIND,
+        identity=_fetched_identity(path.parent, label),
+        name=path.name,
+        directory=path,
+        size=size,
+        is_held=bool(flocks.holders(lock)),
+        held_at=(lock,),
+        last_used=size.newest,
+        notes=("import",) if path.name != label and size.files else (),
+    )
 
 
 def _fetched_identity(staging: Path, label: str) -> str:

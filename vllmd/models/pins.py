@@ -71,10 +71,10 @@ def pin(store: Path, directory: Path) -> bool:
 
 
 def unpin(store: Path, manifest_sha256: str) -> bool:
-    """False where it was not pinned. OSError."""
+    """False where it was not pinned. OSError, PermissionMissing."""
     if manifest_sha256 not in pinned(store):
         return False
-    (store / DIRECTORY / manifest_sha256).unlink(missing_ok=True)
+    (private_directory(store, DIRECTORY) / manifest_sha256).unlink(missing_ok=True)
     return True
 
 
