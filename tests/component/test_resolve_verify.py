@@ -17,7 +17,7 @@ from tests import tiny_models
 from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest
 from vllmd.errors import ModelInvalid
-from vllmd.models import demo, hashing, sums, verify
+from vllmd.models import demo, hashing, reading, sums
 from vllmd.models.identity import label
 from vllmd.models.resolve import resolve, verified
 from vllmd.models.wire import Progress
@@ -25,8 +25,10 @@ from vllmd.models.wire import Progress
 pytestmark = pytest.mark.component
 
 SHARD2 = "model-00002-of-00002.safetensors"
+HEADERS = tiny_models.settings(warm_up="off")
 FULL = tiny_models.settings(verify="sha256")
 REMEMBERING = tiny_models.settings(verify="sha256", cache_integrity_hash=True)
+REMEMBERING_SUMS = tiny_models.settings(warm_up="off", cache_integrity_hash=True)
 
 
 class Check:
@@ -36,11 +38,11 @@ class Check:
         self.request: ModelRequest = tiny_models.request(store)
         self.told: list[Progress] = []
         self.hashed: dict[str, frozenset[str]] = {}
-        monkeypatch.setattr(verify, "hash_files", self._hash_files)
+        monkeypatch.setattr(reading, "hash_files", self._hash_files)
 
-    def _hash_files(self, directory: Path, wanted: Any, report: Callable[[int, int], None]) -> Any:
+    def _hash_files(self, directory: Path, wanted: Any, report: Callable[[int, int], None], manner: hashing.Manner) -> Any:
         self.hashed = {file.name: algorithms for file, algorithms in wanted.items()}
-        return hashing.hash_files(directory, wanted, report)
+        return hashing.hash_files(directory, wanted, report, manner)
 
     def __call__(self, settings: Model) -> str:
         self.hashed = {}
@@ -84,7 +86,7 @@ def write_sums(model: Path, form: str = "{sum}  {name}", **changes: str) -> None
 
 
 def test_nothing_is_hashed_unless_asked(check: Check, model: Path) -> None:
-    assert check(tiny_models.settings()) == ""
+    assert check(HEADERS) == ""
     assert not check.hashed
     assert not check.manifest.exists()
 
@@ -190,11 +192,11 @@ def test_place_for_the_manifest_that_cannot_be_written_is_only_said(check: Check
 @pytest.mark.parametrize("form", ["{sum}  {name}", "{sum} *{name}", "{sum}  ./{name}", "{sum}  {name}\r\n"])
 def test_sums_that_the_model_brings_are_always_checked(check: Check, model: Path, form: str) -> None:
     write_sums(model, form)
-    assert check(tiny_models.settings()) == ""
+    assert check(HEADERS) == ""
     assert check.hashed[SHARD2] == {"sha256"}
     flip(model / SHARD2)
     with pytest.raises(ModelInvalid, match=f"{SHARD2}: its SHA-256 is "):
-        check(tiny_models.settings())
+        check(HEADERS)
     with pytest.raises(ModelInvalid, match=f"{SHARD2}: its SHA-256 is "):
         check(FULL)
     assert check(tiny_models.settings(skip_integrity_check=True)) == ""
@@ -203,33 +205,33 @@ def test_sums_that_the_model_brings_are_always_checked(check: Check, model: Path
 def test_file_that_the_sums_name_must_be_there(check: Check, model: Path) -> None:
     (model / "sha256sums.txt").write_text(f"{'0' * 64}  absent.safetensors\n")
     with pytest.raises(ModelInvalid, match=r"1 files are missing: absent\.safetensors"):
-        check(tiny_models.settings())
+        check(HEADERS)
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "abc", f"{'0' * 63}  x", f"{'0' * 64}  ../x", f"{'0' * 64}  /etc/passwd", f"{'0' * 64} x"])
 def test_sums_that_say_nonsense_are_refused(check: Check, model: Path, text: str) -> None:
     (model / "sha256sums.txt").write_text(text)
     with pytest.raises(ModelInvalid, match=r"sha256sums\.txt"):
-        check(tiny_models.settings())
+        check(HEADERS)
 
 
 def test_checked_sums_are_remembered_on_request_beside_the_store(check: Check, model: Path) -> None:
     write_sums(model)
     before = tiny_models.tree(model)
-    remembering = tiny_models.settings(cache_integrity_hash=True)
+    remembering = REMEMBERING_SUMS
     check(remembering)
     assert check.hashed
     check(remembering)
     assert not check.hashed
     assert tiny_models.tree(model) == before
-    check(tiny_models.settings())
+    check(HEADERS)
     assert check.hashed
     flip(model / SHARD2)
     with pytest.raises(ModelInvalid):
         check(remembering)
 
 
-@pytest.mark.parametrize("remembering", [tiny_models.settings(cache_integrity_hash=True), REMEMBERING])
+@pytest.mark.parametrize("remembering", [REMEMBERING_SUMS, REMEMBERING])
 def test_remembered_sum_that_is_not_the_expected_one_any_more(check: Check, model: Path, remembering: Model) -> None:
     write_sums(model)
     check(remembering)
@@ -244,10 +246,10 @@ def test_cache_of_the_existing_tools_is_believed_on_request(check: Check, model:
     for path in model.glob("*.safetensors"):
         lines.append(f"{path.name} {int(path.stat().st_mtime)} {path.stat().st_size} {hashlib.sha256(path.read_bytes()).hexdigest()}")
     (model / ".vllm-integrity-cache").write_text("\n".join(lines) + "\n")
-    check(tiny_models.settings(cache_integrity_hash=True))
+    check(REMEMBERING_SUMS)
     assert not check.hashed
     (model / ".vllm-integrity-cache").write_text("\n".join(["# schema=1", *lines[1:]]))
-    check(tiny_models.settings(cache_integrity_hash=True))
+    check(REMEMBERING_SUMS)
     assert check.hashed
 
 
@@ -280,11 +282,11 @@ def test_progress_counts_bytes_up_to_the_total(check: Check, model: Path) -> Non
 
 
 def test_model_that_changes_while_it_is_verified(check: Check, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def changing(directory: Path, wanted: Any, report: Callable[[int, int], None]) -> Any:
+    def changing(directory: Path, wanted: Any, report: Callable[[int, int], None], manner: hashing.Manner) -> Any:
         (directory / "late.json").write_text("{}")
-        return hashing.hash_files(directory, wanted, report)
+        return hashing.hash_files(directory, wanted, report, manner)
 
-    monkeypatch.setattr(verify, "hash_files", changing)
+    monkeypatch.setattr(reading, "hash_files", changing)
     with pytest.raises(ModelInvalid, match="was changed while it was verified"):
         check(FULL)
 

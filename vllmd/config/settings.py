@@ -72,6 +72,7 @@ class Model:
     skip_integrity_check: bool = setting(False, p.boolean, "VLLM_SKIP_INTEGRITY_CHECK", "Skip the integrity checks of weights (headers, sizes, sums).")
     cache_integrity_hash: bool = setting(False, p.boolean, "VLLM_CACHE_INTEGRITY_HASH", "Remember sums that were checked, by modification time and size.")
     verify: str = setting("headers", p.choice("headers", "sha256"), "VLLMD_VERIFY", "What must be verified before READY: the headers, or every byte against the manifest.")
+    warm_up: str = setting("auto", p.choice("auto", "on", "off"), "VLLMD_WARM_UP", "Read and verify every byte of the model while the engine imports; auto: unless it lies on a network file system, or is larger than the free memory (on: then it is read without filling the page cache).")
     offline: bool = setting(False, p.boolean, "VLLMD_OFFLINE", "Ask no network source, not even whether there is something newer.")
     source_timeout_s: float = setting(3600.0, p.seconds(low=0), "VLLMD_SOURCE_TIMEOUT_S", "How long sources that cannot be reached are asked again within one start; a download that moves is never cut.", unit="s")
     source_retry_s: float = setting(10.0, p.seconds(above=0), "VLLMD_SOURCE_RETRY_S", "The first pause before they are asked again; it doubles, up to 5 min.", unit="s")

@@ -1,4 +1,4 @@
-"""Sums that come with a model: sha256sums.txt, and the existing tools' cache of sums that were already checked."""
+"""Sums that come with a model: sha256sums.txt or manifest.sha256, and the existing tools' cache of sums that were already checked."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from vllmd.models.inventory import invalid, is_plain, read_small
 from vllmd.system.files import read_small as read_own
 
 SUMS_FILE = "sha256sums.txt"
+SUMS_FILES = (SUMS_FILE, "manifest.sha256")
 CACHE_FILE = ".vllm-integrity-cache"
 LIMIT_BYTES = 16 << 20
 LINE = re.compile(r"([0-9A-Fa-f]{64}) [ *](.+)", re.ASCII)
 
 
 def parse(text: str, where: Path) -> dict[str, str]:
-    """{name: sum} of `<sum>  name` and `<sum> *name` lines. ModelInvalid with the line's number on anything else."""
+    """{name: sum} of `<sum>  name` and `<sum> *name` lines; `# ...` is a comment. ModelInvalid with the line's number on anything else."""
     found: dict[str, str] = {}
     for number, line in enumerate(text.removeprefix("\ufeff").splitlines(), 1):
-        if not line.strip():
+        if not line.strip() or line.lstrip().startswith("#"):
             continue
         match = LINE.fullmatch(line)
         name = match[2].removeprefix("./") if match else ""
@@ -34,17 +35,23 @@ def parse(text: str, where: Path) -> dict[str, str]:
 
 
 def read(directory: Path) -> dict[str, str]:
-    """The sums that the model itself brings; empty where it brings none. ModelInvalid, OSError."""
-    path = directory / SUMS_FILE
+    """The sums that the model itself brings; empty where it brings none. ModelInvalid, also where two files disagree; OSError."""
+    found: dict[str, str] = {}
+    for name in SUMS_FILES:
+        for file, sha256 in _read(directory / name).items():
+            if found.setdefault(file, sha256) != sha256:
+                raise invalid(directory / name, f"says another sum of {file} than {SUMS_FILE}", code="model_corrupt")
+    return {name: sha256 for name, sha256 in found.items() if name not in SUMS_FILES}
+
+
+def _read(path: Path) -> dict[str, str]:
     try:
         text = read_small(path, LIMIT_BYTES).decode("utf-8", "replace")
     except FileNotFoundError:
         return {}
     except IsADirectoryError:
         raise invalid(path, "is a directory", code="model_corrupt") from None
-    found = parse(text, path)
-    found.pop(SUMS_FILE, None)
-    return found
+    return parse(text, path)
 
 
 @dataclass(frozen=True, slots=True)
