@@ -158,6 +158,8 @@ def test_server_without_ranges(ran: Ran, rule: Behaviour, monkeypatch: pytest.Mo
     with FilesServer(FILES, rule=rule) as server:
         ran.fetch(listing(FILES), Plain(server.url))
     ran.check(FILES)
+    assert all(progress.done_bytes <= progress.total_bytes for progress in ran.progress)
+    assert ran.progress[-1].done_bytes == ran.progress[-1].total_bytes
 
 
 def test_server_without_ranges_that_breaks_off(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +179,7 @@ def test_server_without_ranges_that_breaks_off(ran: Ran, monkeypatch: pytest.Mon
     with FilesServer(files, rule=breaking) as server:
         ran.fetch(listing(files), Plain(server.url), replace(LIMITS, connections=1))
     ran.check(files)
+    assert "fetched anew" not in ran.log
 
 
 def test_stalled_body_is_asked_anew(ran: Ran) -> None:
@@ -360,10 +363,11 @@ def test_redirected_place_that_expired_is_asked_of_the_source_again(ran: Ran, mo
     monkeypatch.setattr(work, "MIN_PART_BYTES", 1 << 20)
     files = {MODEL: FILES[MODEL]}
     with FilesServer(files, script=[None, status(403)]) as other, FilesServer(files) as server:
-        server.rule = redirect(f"{other.url}/{MODEL}?signature=x")
+        server.script = [redirect(f"{other.url}/{MODEL}?signature=x")]
         ran.fetch(listing(files), Plain(server.url), replace(LIMITS, connections=1))
     ran.check(files)
-    assert len(server.seen) == 2
+    assert len(other.seen) == 2  # refused once, it is not asked any more
+    assert len(server.seen) == 3
 
 
 def test_redirect_on_the_same_host_keeps_the_headers(ran: Ran) -> None:

@@ -40,6 +40,13 @@ def test_what_was_fetched_is_there_with_its_sums(tmp_path: Path) -> None:
     assert not stage.directory.exists()
 
 
+def test_file_killed_between_its_note_and_its_name_gets_its_name(tmp_path: Path) -> None:
+    stage = fetched(tmp_path, listing(FILES))
+    (stage.files / "config.json").rename(stage.part_path("config.json"))
+    assert set(Stage.open(tmp_path, "tiny", listing(FILES)).have()) == set(FILES)
+    assert (stage.files / "config.json").read_bytes() == FILES["config.json"]
+
+
 @pytest.mark.parametrize("what", ["touched", "other inode", "gone", "longer"])
 def test_file_that_was_changed_since_is_no_longer_had(tmp_path: Path, what: str) -> None:
     stage = fetched(tmp_path, listing(FILES))

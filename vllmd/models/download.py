@@ -135,6 +135,7 @@ class _Fetch:
             origin=self._origin,
             prepare=self._prepare,
             came=self._came,
+            lost=self._meter.lost,
             note=lambda task, begin, end: self._stage.journal.part(task.name, begin, end),
             landed=self._landed,
             log=self._log,

@@ -115,31 +115,27 @@ class Work:
         task.active += 1
         return Part(task, begin, end)
 
-    def whole(self, part: Part) -> bool:
-        """The server ignores ranges: from now on the file comes in one piece from its beginning. True where `part` becomes
-        that piece; else another thread fetches it, and this one leaves it."""
+    def whole(self, part: Part) -> int | None:
+        """The server ignores ranges: the file comes in one piece from its beginning, and `part` becomes that piece. How many
+        bytes that were there come once more; None where another thread fetches the file, and this one leaves it."""
         with self._changed, part.task.lock:
             task = part.task
-            if task.whole_by is not None and task.whole_by is not part:
-                return False
+            if task.is_fetched or (task.whole_by is not None and task.whole_by is not part):
+                return None
             task.whole_by = part
-            begin = task.done.prefix
+            begin, there = task.done.prefix, task.done.bytes
             task.done.cut(begin, task.file.size)
             self._to_claim -= sum(high - low for low, high in task.gaps)
             task.gaps = []
             part.position, part.end = begin, task.file.size
-            return True
+            return there - begin
 
     def leave(self, part: Part) -> None:
-        """A part is done, or (`position` short of `end`) goes back."""
+        """It is done, or another thread fetches it, or the whole fetch failed."""
         with self._changed:
-            task = part.task
-            task.active -= 1
-            if task.whole_by is part:
-                task.whole_by = None
-            if part.position < part.end and task.whole_by is None:
-                task.gaps.insert(0, (part.position, part.end))
-                self._to_claim += part.end - part.position
+            part.task.active -= 1
+            if part.task.whole_by is part:
+                part.task.whole_by = None
             self._changed.notify_all()
 
     def again(self, task: Task, begin: int, end: int) -> None:

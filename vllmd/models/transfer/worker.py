@@ -24,7 +24,7 @@ PROGRESS_BYTES = 64 << 10
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How to go about it. `prepare` opens the task's file; `came` is told of each piece [begin, end) in it; `note` puts
+    """How to go about it. `prepare` opens the task's file; `came` is told of each piece [begin, end) in it, `lost` of bytes that come once more; `note` puts
     such a piece into the journal; `landed` after a part is complete. `back_off_s` is the first wait after a failure."""
 
     attempts: int
@@ -32,6 +32,7 @@ class Manner:
     origin: str
     prepare: Callable[[Task], None]
     came: Callable[[Task, int, int], None]
+    lost: Callable[[int], None]
     note: Callable[[Task, int, int], None]
     landed: Callable[[Task, memoryview], None]
     log: Callable[[str], None]
@@ -91,9 +92,11 @@ class Worker:
         try:
             body_begin = answers.begins_at(asked, answer.head.status, answer.head.headers)
             if body_begin != part.position or (answer.head.status == 200 and part.end != task.file.size):
-                if not self._work.whole(part):
+                lost = self._work.whole(part)
+                if lost is None:
                     self._client.drop(answer)
                     return False
+                self._manner.lost(lost)
                 self._manner.log(f"{task.name}: {asked.host} ignores ranges, so it comes in one piece")
             self._body(part, answer, body_begin)
         except BaseException as error:
