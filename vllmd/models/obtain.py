@@ -27,6 +27,7 @@ from vllmd.models.inventory import invalid
 from vllmd.models.ioerrors import explained
 from vllmd.models.listing import checked, selected
 from vllmd.models.remote import Listing, Transport, known_sums
+from vllmd.models.retention import empty_trash
 from vllmd.models.sources import Offered
 from vllmd.models.stage import Stage
 from vllmd.models.validate import checks_of, validate
@@ -69,6 +70,7 @@ def _fetched(errand: Errand, offered: Offered, listing: Listing) -> ResolvedMode
     began = time.monotonic()
     store, settings = errand.request.store, errand.settings
     with explained(f"prepare the stage in {store}"):
+        empty_trash(store, errand.say)
         stage = Stage.open(store, label(errand.request), listing)
         adopted = _adopt(stage, store, listing)
         missing = stage.remaining_bytes(listing)
@@ -125,11 +127,17 @@ def _filled(errand: Errand, offered: Offered, listing: Listing, stage: Stage, lo
     limits = Limits(connections=settings.fetch_connections, stall_s=settings.fetch_stall_s)
 
     def moved(progress: Progress) -> None:
-        text = amounts.progress(progress.done_bytes, progress.total_bytes, progress.bytes_per_s, progress.eta_s)
-        errand.report(replace(progress, source=errand.source, text=text))
-        if progress.total_bytes:
+        if not progress.total_bytes:
+            errand.report(replace(progress, source=errand.source))
+        else:
+            text = amounts.progress(progress.done_bytes, progress.total_bytes, progress.bytes_per_s, progress.eta_s)
+            errand.report(replace(progress, source=errand.source, text=text))
             errand.waiting(f"{amounts.size(progress.done_bytes)} of {amounts.size(progress.total_bytes)}")
 
+    if settings.hf_xet and errand.source == "hf-hub":
+        from vllmd.models.sources import hub_xet
+
+        hub_xet.prefetch(listing, offered.transport, stage, settings, errand.environ, moved, log.line)
     digests = download(listing, offered.transport, stage, limits, errand.environ, moved, log.line)
     validate(stage.files, checks_of(settings))
     brought = sums.read(stage.files)

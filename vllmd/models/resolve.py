@@ -205,6 +205,8 @@ def _choose(source: sources.Source, asking: _Asking, candidates: tuple[Candidate
             continue
         for passed in errors:
             asking.report(Progress("resolve", source.name, text=f"warning: passed over {passed.what}", level="warning"))
+        if candidate.warning:
+            asking.report(Progress("resolve", source.name, text=f"warning: {candidate.warning}", level="warning"))
         return Outcome(source.name, "OK", model=model)
     return _failed(source, errors[0])
 
