@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("--json", action="store_true", help="one JSON object, for programs")
     verify = add("verify", "read every byte and compare it with the sums", epilog="Exit status: 0 all is right, 65 something is not.")
     verify.add_argument("ids", metavar="ID", nargs="*", help=_IDS)
-    verify.add_argument("--all", action="store_true", help="everything that sums speak for")
+    verify.add_argument("--all", action="store_true", help="everything that sums speak for, as without an ID")
     _add_remove(add("rm", "remove a model; never one in use, nor a directory of your own"))
     collect = add("gc", "remove old versions, abandoned downloads and what interrupted removals left")
     collect.add_argument("--dry-run", action="store_true", help="say what would go, and remove nothing")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,11 +27,12 @@ class Wrong:
     hint: str
 
 
-def verify(place: Place, names: Iterable[str], *, everything: bool) -> int:
+def verify(place: Place, names: Sequence[str], *, everything: bool) -> int:
     """ModelInvalid (65) where a file is wrong, after all were read; then its version is not offered any more."""
     found = look(place)
-    if everything == bool(names):
-        raise UsageError("usage", "give either ids or --all", "vllmctl store verify --help")
+    if everything and names:
+        raise UsageError("usage", "--all verifies what ids name too", "give either")
+    everything = not names
     items = list(found.items) if everything else list({item.directory: item for name in names for item in named(found, name, None)}.values())
     wrong: list[Wrong] = []
     with permitted(place, "verify"):

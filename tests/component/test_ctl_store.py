@@ -22,11 +22,12 @@ from vllmd import ctl as vllmctl
 from vllmd.commandline import guarded
 from vllmd.config.paths import Paths, root_paths
 from vllmd.core.plan import ModelRequest
-from vllmd.models import demo
+from vllmd.models import catalog, demo, discard
 from vllmd.models.identity import label
 from vllmd.models.inuse import Flocks
 from vllmd.models.lock import DIRECTORY as LOCKS
 from vllmd.models.published import damaged, mark_damaged
+from vllmd.models.retention import InUse, Removed
 
 pytestmark = pytest.mark.component
 
@@ -410,6 +411,15 @@ def test_snapshot_in_use_keeps_its_hub_cache(ctl: Run, store: Path) -> None:
     assert snapshot.is_dir()
 
 
+def test_snapshot_that_is_taken_into_use_after_the_look_stays(store: Path) -> None:
+    snapshot = tiny_models.snapshot(store / "hub", "org/Cached", COMMIT)
+    [item] = catalog.take(store).items
+    with holding(HOLD, snapshot):
+        assert isinstance(discard.remove_hub(store, item), InUse)
+    assert snapshot.is_dir()
+    assert isinstance(discard.remove_hub(store, item), Removed)
+
+
 def test_download_that_runs_is_not_removed(ctl: Run, store: Path) -> None:
     directory = cut_off(store)
     lock = "from vllmd.models.lock import locked\nlock = locked(Path(sys.argv[1]), sys.argv[2], 0, print)\nlock.__enter__()"
@@ -635,6 +645,7 @@ def test_own_directory_without_sums_says_so(ctl: Run, store: Path) -> None:
     demo.make(store / "Mine")
     assert ctl("verify", "Mine").stdout == "Mine: no sums speak for it\n"
     assert "nothing in" in ctl("verify", "--all").stdout
+    assert "nothing in" in ctl("verify").stdout
 
 
 def test_own_directory_is_verified_by_what_an_earlier_start_saw(ctl: Run, store: Path) -> None:
@@ -651,7 +662,7 @@ def test_own_directory_is_verified_by_what_an_earlier_start_saw(ctl: Run, store:
     assert (store / LOCKS).exists() is False, "nothing was written for it"
 
 
-@pytest.mark.parametrize("arguments", [["verify"], ["verify", "--all", "x"], ["frob"], [], ["rm"], ["list", "x"]])
+@pytest.mark.parametrize("arguments", [["verify", "--all", "x"], ["frob"], [], ["rm"], ["list", "x"]])
 def test_wrong_command_line_is_64(ctl: Run, arguments: list[str]) -> None:
     result = ctl(*arguments)
     assert (result.returncode, result.stdout) == (64, "")

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from tests import procs, publishing, tiny_models
+from tests.component.daemons import quick, stop
 from vllmd import ctl
 from vllmd.config.paths import root_paths
 from vllmd.config.settings import Model
@@ -186,6 +187,22 @@ def test_what_is_exported_stays_until_it_is_written(here: Host) -> None:
         writer.stdout.read()
     assert writer.returncode == 0
     assert directory.is_dir()
+
+
+def test_imported_model_is_served_and_cannot_be_removed_meanwhile(here: Host) -> None:
+    demo.make(here.store / "Mine")
+    archive = here.run("export", "Mine", "--as", "acme/Tiny").stdout
+    instance = quick(config={"model": {"path": "", "id": "acme/Tiny", "offline": True}})
+    there = Host(instance.root)
+    assert there.run("import", "-", input=archive).returncode == 0
+    with instance:
+        instance.wait_ready()
+        [item] = json.loads(there.run("list", "--json").stdout)["items"]
+        assert item["used_by"] == ["demo"]
+        refused = there.run("rm", "acme/Tiny", "--yes", "--force")
+        assert (refused.returncode, b"in use by demo" in refused.stderr) == (75, True)
+        stop(instance)
+        assert there.run("rm", "acme/Tiny", "--yes").returncode == 0
 
 
 # Hostile, and broken on the way.

@@ -119,6 +119,14 @@ def test_pax_header_that_lies_is_damage(records: bytes) -> None:
         read_all(data)
 
 
+@pytest.mark.parametrize("kind", [b"1", b"2", b"3", b"4", b"5", b"6", b"7", b"L", b"K", b"S", b"g", b"Z"])
+def test_only_plain_files_are_taken(kind: bytes) -> None:
+    info = tarfile.TarInfo("a")
+    info.type = kind
+    with pytest.raises(TarDamaged, match="holds 'a', which is "):
+        read_all(info.tobuf(tarfile.USTAR_FORMAT) + END)
+
+
 def test_pax_header_of_a_gigabyte_is_not_read() -> None:
     info = tarfile.TarInfo("pax")
     info.type, info.size = tarfile.XHDTYPE, 1 << 30
