@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import time
@@ -197,6 +198,20 @@ def test_complete_files_are_hashed_and_not_fetched_after_a_reboot(ran: Ran, monk
         ran.fetch(listing(FILES), Plain(server.url))
         assert server.served == {}
     ran.check(FILES)
+
+
+def test_many_complete_files_after_a_reboot_need_few_descriptors(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = {f"f{number}": b"%d" % number for number in range(600)}
+    with FilesServer(files) as server:
+        ran.fetch(listing(files), Plain(server.url))
+        monkeypatch.setattr(journal, "boot_id", lambda: "another boot")
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (200, limits[1]))
+        try:
+            ran.fetch(listing(files), Plain(server.url))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    ran.check(files)
 
 
 def test_other_versions_bytes_are_not_gone_on_with(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:

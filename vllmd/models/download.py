@@ -89,7 +89,7 @@ class _Fetch:
         with self._stage.journal:
             try:
                 for task in self._begun:
-                    self._prepare(task)
+                    self._hashers.add(task)
                 for thread in threads:
                     thread.start()
                 self._look(report)
@@ -173,7 +173,7 @@ class _Fetch:
             self._hashers.now(task, buffer)
 
     def _hashing(self, task: Task) -> Hashing:
-        return Hashing(task, self._note_sum, self._doubt, is_off=not self._limits.hashes)
+        return Hashing(task, self._prepare, self._note_sum, self._doubt, is_off=not self._limits.hashes)
 
     def _note_sum(self, task: Task, offset: int, blake3: str) -> None:
         self._stage.journal.sum(task.name, offset, blake3)
@@ -219,6 +219,7 @@ class _Fetch:
             what = f"{task.name} of {self._origin} is not what was listed, twice: {wrong}"
             raise ModelInvalid("model_corrupt", what, "The source gives wrong bytes: upload the file there again, or look at what lies between (proxy, cache).")
         self._log(f"{task.name}: {wrong}; fetched anew")
+        task.proven.clear()
         hashing.restart()
         self._anew(task, 0, task.file.size)
 

@@ -26,17 +26,26 @@ class Hashing:
     """The sums of one file, as far as they are made. One thread at a time (`Hashers` sees to that)."""
 
     def __init__(
-        self, task: Task, note: Callable[[Task, int, str], None], doubt: Callable[[Task, int, int], None], *, is_off: bool = False
+        self,
+        task: Task,
+        prepare: Callable[[Task], None],
+        note: Callable[[Task, int, str], None],
+        doubt: Callable[[Task, int, int], None],
+        *,
+        is_off: bool = False,
     ) -> None:
         self.task = task
         self.is_off = is_off
-        self.sums = Sums(task.file)
-        self._note, self._doubt = note, doubt
-        self._good, self._good_sums = 0, self.sums.copy()
+        self._prepare, self._note, self._doubt = prepare, note, doubt
+        self._good = 0
+        self._is_begun = False
 
     def advance(self, buffer: memoryview, ended: Callable[[], bool]) -> None:
         """Up to what is there without a gap."""
         task = self.task
+        if not self._is_begun:  # not before: thousands of files may wait, each with a descriptor and sums
+            self._prepare(task)
+            self.restart()
         while not ended():
             with task.lock:
                 there = task.done.prefix
@@ -57,9 +66,9 @@ class Hashing:
 
     def restart(self) -> None:
         self.task.hashed = 0
-        self.task.proven.clear()
         self.sums = Sums(self.task.file)
         self._good, self._good_sums = 0, self.sums.copy()
+        self._is_begun = True
 
     def wrong(self) -> str:
         return "" if self.is_off else self.sums.wrong()
