@@ -94,7 +94,9 @@ def test_archive_comes_through_a_pipe_and_the_second_import_does_nothing(here: H
     for said in (b"Imported acme/Tiny", b"is in the store already"):
         with subprocess.Popen(here.command("export", "acme/Tiny"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
             result = there.run("import", "-", stdin=writer.stdout)
+            assert writer.stdout is not None
             assert writer.stderr is not None
+            writer.stdout.close()
             assert b"Exported" in writer.stderr.read()
         assert (writer.returncode, result.returncode) == (0, 0)
         assert said in result.stdout + result.stderr
