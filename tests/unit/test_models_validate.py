@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_models
+from vllmd.config.settings import Model
 from vllmd.errors import ModelInvalid, Status
 from vllmd.models import demo
-from vllmd.models.validate import Checks, validate
+from vllmd.models import gguf as gguf_format
+from vllmd.models.validate import Checks, checks_of, validate
 
 pytestmark = pytest.mark.unit
 
@@ -122,8 +124,8 @@ def test_missing_part_without_an_index(model: Path, name: str) -> None:
 
 
 def test_second_set_that_is_incomplete(model: Path) -> None:
-    (model / "other-00002-of-00003.bin").write_bytes(b"x" * 2000)
-    assert "2 parts of split weights are missing: other-00001-of-00003.bin" in refusal(model).what
+    (model / "other-00002-of-00003.safetensors").write_bytes(b"x" * 2000)
+    assert "2 parts of split weights are missing: other-00001-of-00003.safetensors" in refusal(model).what
 
 
 def test_no_weights(model: Path) -> None:
@@ -150,9 +152,15 @@ def test_header_length_that_cannot_be(model: Path, length: int) -> None:
     ("content", "said"),
     [
         (b"1234567", "7 bytes are no safetensors file"),
-        (struct.pack("<Q", 3) + b"abc", "not JSON"),
-        (struct.pack("<Q", 100_000) + b"[" * 100_000, "not JSON"),
-        (header([]), "not a JSON object"),  # type: ignore[arg-type]
+        (struct.pack("<Q", 3) + b"{bc", "not JSON"),
+        (struct.pack("<Q", 600_000) + b'{"a":' * 120_000, "not JSON"),
+        (struct.pack("<Q", 9) + b'{"a": 9e}', "not JSON"),
+        (struct.pack("<Q", 5000) + b'{"a":' + b"9" * 4994 + b"}", "not JSON"),
+        (header([]), "does not begin with '{'"),  # type: ignore[arg-type]
+        (struct.pack("<Q", 3) + b" {}", "does not begin with '{'"),
+        (header({"__metadata__": {"format": 1}, "a": tensor(0, 4)}, b"x" * 4), "__metadata__"),
+        (header({"a": tensor(0, 1, data_offsets=[False, True])}, b"x"), "wrong about tensor 'a'"),
+        (header({"a": tensor(0, 4), "z": tensor(4, 4), "b": tensor(4, 8)}, b"x" * 7), "truncated: 1 bytes are missing"),
         (header({"a": tensor(0, 4), "b": tensor(2, 6)}, b"x" * 6), "overlap at byte 2"),
         (header({"a": tensor(0, 4), "b": tensor(5, 6)}, b"x" * 6), "leave a gap at byte 5"),
         (header({"a": tensor(0, 4)}, b"x" * 6), "2 bytes follow its last tensor"),
@@ -211,17 +219,110 @@ def test_files_that_the_library_writes_are_accepted(model: Path) -> None:
     validate(model, Checks())
 
 
-def test_empty_weight(model: Path) -> None:
-    (model / "extra.bin").write_bytes(b"")
-    assert f"{model}/extra.bin: is empty" in refusal(model).what
+@pytest.fixture
+def pickled(model: Path) -> Path:
+    """A model with nothing but pickle files for weights."""
+    for path in model.glob("model*"):
+        path.unlink()
+    (model / "pytorch_model.bin").write_bytes(b"x" * 2000)
+    return model
 
 
-def test_tiny_weight_beside_a_large_one(model: Path) -> None:
-    (model / "a.bin").write_bytes(b"x" * 1023)
+PICKLED = Checks(pickle=True)
+
+
+def test_empty_weight(pickled: Path) -> None:
+    (pickled / "extra.bin").write_bytes(b"")
+    assert f"{pickled}/extra.bin: is empty" in refusal(pickled, PICKLED).what
+
+
+def test_tiny_weight_beside_a_large_one(pickled: Path) -> None:
+    (pickled / "a.bin").write_bytes(b"x" * 1023)
+    validate(pickled, PICKLED)
+    (pickled / "b.bin").write_bytes(bytes((1 << 20) + 1))
+    assert f"{pickled}/a.bin: has 1023 bytes" in refusal(pickled, PICKLED).what
+    (pickled / "a.bin").write_bytes(b"x" * 1024)
+    validate(pickled, PICKLED)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "x.pt", "x.pth", "x.ckpt", "x.pkl", "pytorch_model-00001-of-00001.bin"])
+def test_pickle_weights_need_a_word_of_a_person(pickled: Path, name: str) -> None:
+    (pickled / "pytorch_model.bin").rename(pickled / name)
+    error = refusal(pickled, Checks(integrity=False))
+    assert error.code == "model_pickle"
+    assert name in error.what
+    assert "model.allow_pickle" in error.hint
+    assert "VLLMD_ALLOW_PICKLE=1" in error.hint
+    validate(pickled, PICKLED)
+    assert not checks_of(Model()).pickle
+    assert checks_of(Model(allow_pickle=True)).pickle
+
+
+@pytest.mark.parametrize("companion", ["model.gguf", ".hidden.safetensors", "sub/model.safetensors"])
+def test_pickles_are_refused_beside_what_an_engine_would_not_take_instead(pickled: Path, companion: str) -> None:
+    (pickled / companion).parent.mkdir(exist_ok=True)
+    (pickled / companion).write_bytes(gguf(KEY, TENSOR + PADDING, counts=(1, 2), data=b"x" * 16))
+    assert refusal(pickled).code == "model_pickle"
+
+
+def test_pickles_beside_safetensors_are_nothing_to_the_engine(model: Path) -> None:
+    """Also damaged, in part, and with an index that names what was never fetched."""
+    (model / "pytorch_model-00002-of-00003.bin").write_bytes(b"")
+    (model / "original").mkdir()
+    (model / "original/consolidated.00.pth").write_bytes(b"x")
+    (model / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"t": "pytorch_model-00001-of-00003.bin"}}))
     validate(model, Checks())
-    (model / "b.bin").write_bytes(bytes((1 << 20) + 1))
-    assert f"{model}/a.bin: has 1023 bytes" in refusal(model).what
-    (model / "a.bin").write_bytes(b"x" * 1024)
+
+
+def test_index_of_pickles_that_are_loaded_is_checked(pickled: Path) -> None:
+    (pickled / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"t": "gone.bin"}}))
+    assert "gone.bin" in refusal(pickled, PICKLED).what
+
+
+@pytest.mark.parametrize("is_link", [False, True])
+def test_pickles_of_an_embedding_models_modules(model: Path, is_link: bool) -> None:
+    dense = model / ("real" if is_link else "2_Dense")
+    dense.mkdir()
+    if is_link:
+        (model / "2_Dense").symlink_to("real")
+    (dense / "pytorch_model.bin").write_bytes(b"x")
+    validate(model, Checks())
+    (model / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}, {"path": "2_Dense"}, 3]))
+    assert "2_Dense/pytorch_model.bin" in refusal(model).what
+    validate(model, PICKLED)
+    (dense / "model.safetensors").write_bytes(header({}))
+    validate(model, Checks())
+
+
+@pytest.mark.parametrize(("text", "code"), [("[", "model_corrupt"), ('[{"path": "../x"}]', "model_unsafe"), ('[{"path": "/etc"}]', "model_unsafe")])
+def test_modules_that_are_no_modules(model: Path, text: str, code: str) -> None:
+    (model / "modules.json").write_text(text)
+    assert refusal(model).code == code
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tekken.json"])
+@pytest.mark.parametrize("text", ["[]", '{"a": 1', "<html></html>", "\ufeff{}", "   "])
+def test_tokenizer_that_is_no_object(model: Path, name: str, text: str) -> None:
+    (model / name).write_text(text)
+    assert f"{model}/{name}: is no JSON object" in refusal(model).what
+    validate(model, Checks(tokenizer=False))
+
+
+def test_large_tokenizer_is_not_parsed(model: Path) -> None:
+    """It would take most of the time of a start that finds nothing to do."""
+    (model / "tokenizer.json").write_bytes(b"{" + b"[" * (40 << 20) + b"}\n")
+    started = time.monotonic()
+    validate(model, Checks())
+    assert time.monotonic() - started < 1
+    os.truncate(model / "tokenizer.json", 300 << 20)
+    assert "which no tokenizer has" in refusal(model).what
+
+
+@pytest.mark.parametrize("name", ["tekken.json", "qwen.tiktoken", "tokenizer_files/spiece.model"])
+def test_other_layouts_of_tokenizers(model: Path, name: str) -> None:
+    (model / "tokenizer.json").unlink()
+    (model / name).parent.mkdir(exist_ok=True)
+    (model / name).write_text("{}")
     validate(model, Checks())
 
 
@@ -235,12 +336,39 @@ def text(value: str) -> bytes:
 
 KEY = text("tokens") + struct.pack("<IIQ", 9, 8, 2) + text("a") + text("b") + text("n") + struct.pack("<II", 4, 7)
 TENSOR = text("t") + struct.pack("<IQIQ", 1, 4, 0, 0)
+PADDING = bytes(-(24 + len(KEY) + len(TENSOR)) % 32)
+
+
+def block(kind: int, elements: int, *, offset: int = 0, data: int = 0, keys: bytes = b"", count: int = 0) -> bytes:
+    """A file with one tensor, and `data` bytes after the padding."""
+    entry = text("t") + struct.pack("<IQIQ", 1, elements, kind, offset)
+    head = gguf(keys, entry, counts=(1, count))
+    return head + bytes(-len(head) % 32) + bytes(data)
+
+
+def alignment(value: int) -> bytes:
+    return text("general.alignment") + struct.pack("<II", 4, value)
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (gguf(KEY, TENSOR, counts=(1, 2), data=b"x" * 16), ""),
+        (gguf(KEY, TENSOR + PADDING, counts=(1, 2), data=b"x" * 16), ""),
+        (gguf(KEY, TENSOR + PADDING, counts=(1, 2), data=b"x" * 15), "1 bytes are missing"),
+        (block(12, 512, data=288), ""),
+        (block(12, 512, data=287), "1 bytes are missing"),
+        (block(12, 500, data=288), "no multiple of 256"),
+        (block(2, 64, offset=64, data=64 + 36), ""),
+        (block(2, 64, offset=64, data=64 + 35), "1 bytes are missing"),
+        (block(2, 64, offset=33, data=200), "no multiple of 32"),
+        (block(999, 1 << 60, data=1), ""),
+        (block(999, 1 << 60), "are missing"),
+        (block(0, 1 << 63, data=1), "are missing"),
+        (block(0, 8, offset=8, data=40, keys=alignment(8), count=1), ""),
+        (block(0, 8, data=40, keys=alignment(0), count=1), "alignment of 0"),
+        (block(0, 8, data=40, keys=alignment(48), count=1), "alignment of 48"),
+        (b"GGUF" + struct.pack(">IQQ", 3, 0, 0), "big-endian"),
+        (gguf(text("k") + struct.pack("<IIQ", 9, 9, 2) + struct.pack("<IQ", 8, 6_000_000) * 2, counts=(0, 1)), "ends within"),
         (b"GGML" + b"x" * 100, "does not begin with GGUF"),
         (gguf()[:20], "does not begin with GGUF"),
         (gguf(version=0), "version 0"),
@@ -251,7 +379,7 @@ TENSOR = text("t") + struct.pack("<IQIQ", 1, 4, 0, 0)
         (gguf(text("k") + struct.pack("<IIQ", 9, 4, 10**9), counts=(0, 1)), "items in an array"),
         (gguf(text("k") + struct.pack("<I", 99), counts=(0, 1)), "unknown type 99"),
         (gguf(text("k") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 50, counts=(0, 1)), "unknown type 9"),
-        (gguf(b"", TENSOR, counts=(1, 0)), "its last tensor begins at"),
+        (gguf(b"", TENSOR, counts=(1, 0)), "are missing"),
         (gguf(struct.pack("<Q", 2**63), counts=(0, 1)), "ends within its header"),
     ],
 )
@@ -261,6 +389,31 @@ def test_gguf(model: Path, content: bytes, said: str) -> None:
         assert said in refusal(model).what
     else:
         validate(model, Checks())
+
+
+def test_gguf_whose_header_is_longer_than_the_first_read(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_format, "FIRST_BYTES", 30)
+    content = gguf(KEY, TENSOR + PADDING, counts=(1, 2), data=b"x" * 16)
+    (model / "model.gguf").write_bytes(content)
+    validate(model, Checks())
+    (model / "model.gguf").write_bytes(content[:-1])
+    assert "1 bytes are missing" in refusal(model).what
+    monkeypatch.setattr(gguf_format, "MAX_HEADER_BYTES", 30)
+    assert "longer than 30 bytes" in refusal(model).what
+
+
+def test_gguf_with_a_vocabulary_takes_milliseconds(model: Path) -> None:
+    words = b"".join(text(str(number)) for number in range(250_000))
+    key = text("tokens") + struct.pack("<IIQ", 9, 8, 250_000) + words
+    (model / "model.gguf").write_bytes(gguf(key, counts=(0, 1)))
+    started = time.monotonic()
+    validate(model, Checks())
+    assert time.monotonic() - started < 3  # 0.2 s on an idle machine
+
+
+def test_part_of_a_split_gguf_is_missed(model: Path) -> None:
+    (model / "big-00001-of-00002.gguf").write_bytes(gguf())
+    assert "big-00002-of-00002.gguf" in refusal(model).what
 
 
 def test_link_that_leaves_the_model(model: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path, PurePosixPath
 
 from vllmd.errors import ModelInvalid
@@ -74,32 +75,39 @@ def is_plain(name: str) -> bool:
 def take(directory: Path) -> Inventory:
     """All files below `directory`, a real path. ModelInvalid where a link leaves its boundary, or leads nowhere."""
     files: dict[str, ModelFile] = {}
-    _walk(directory, "", boundary(directory), files)
+    _walk(directory, "", boundary(directory), files, MAX_FILES)
     return Inventory(directory, files)
 
 
-def _walk(directory: Path, prefix: str, within: tuple[Path, ...], files: dict[str, ModelFile]) -> None:
-    if prefix.count("/") > MAX_DEPTH or len(files) > MAX_FILES:
-        raise invalid(directory, "too deep, or too many files, for a model", code="model_unsafe")
+def _walk(directory: Path, prefix: str, within: tuple[Path, ...], files: dict[str, ModelFile], left: int) -> int:
+    """Of `left`, which counts directories too, what is left afterwards."""
+    if prefix.count("/") > MAX_DEPTH:
+        raise invalid(directory, "lies too deep for a model", code="model_unsafe")
     with os.scandir(directory) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            _add(entry, prefix, within, files)
+        listed = list(islice(entries, left + 1))
+    left -= len(listed)
+    if left < 0:
+        raise invalid(directory, f"more than {MAX_FILES} files are too many for a model", code="model_unsafe")
+    for entry in sorted(listed, key=lambda entry: entry.name):
+        left = _add(entry, prefix, within, files, left)
+    return left
 
 
-def _add(entry: os.DirEntry[str], prefix: str, within: tuple[Path, ...], files: dict[str, ModelFile]) -> None:
+def _add(entry: os.DirEntry[str], prefix: str, within: tuple[Path, ...], files: dict[str, ModelFile], left: int) -> int:
     if entry.is_symlink():
         _check_link(Path(entry.path), within)
     if entry.is_dir():
         # A download tool's notes (.cache/huggingface, .git) are not the model; what a link inside leads to is seen there.
         if not entry.name.startswith(".") and not entry.is_symlink():
-            _walk(Path(entry.path), f"{prefix}{entry.name}/", within, files)
-        return
+            return _walk(Path(entry.path), f"{prefix}{entry.name}/", within, files, left)
+        return left
     status = entry.stat()
     if not stat.S_ISREG(status.st_mode):
         raise invalid(entry.path, "is neither a file nor a directory", code="model_unsafe")
     name = prefix + entry.name
     if name not in OWN_FILES:
         files[name] = ModelFile(name, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+    return left
 
 
 def _check_link(link: Path, within: tuple[Path, ...]) -> None:
@@ -116,6 +124,14 @@ def _check_link(link: Path, within: tuple[Path, ...]) -> None:
 def open_file(directory: Path, name: str) -> int:
     """An fd to read `name`; never waits, not even for a FIFO put there since the inventory was taken."""
     return os.open(directory / name, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+
+
+def read_ends(path: Path, each_bytes: int) -> tuple[bytes, bytes]:
+    """The first and the last bytes of the file."""
+    with open(open_file(path.parent, path.name), "rb") as file:
+        first = file.read(each_bytes)
+        file.seek(max(0, os.fstat(file.fileno()).st_size - each_bytes))
+        return first, file.read(each_bytes)
 
 
 def read_small(path: Path, limit_bytes: int) -> bytes:

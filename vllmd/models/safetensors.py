@@ -56,19 +56,37 @@ def _read(path: Path) -> tuple[dict[str, Any], int]:
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
+    if not text.startswith(b"{"):
+        raise invalid(path, "corrupt: its header does not begin with '{'", code="model_corrupt")
     try:
-        header = json.loads(text.decode("utf-8"))  # bytes would be taken as UTF-16 too, which no engine reads
+        decoded = text.decode("utf-8")  # bytes would be taken as UTF-16 too, which no engine reads
+        header: dict[str, Any] = json.loads(decoded)
+        if _may_repeat(text, len(header) - ("__metadata__" in header)):
+            json.loads(decoded, object_pairs_hook=_once)
     except (ValueError, RecursionError) as error:
-        raise invalid(path, f"corrupt: its header is not JSON ({error})", code="model_corrupt") from None
-    if not isinstance(header, dict):
-        raise invalid(path, "corrupt: its header is not a JSON object", code="model_corrupt")
+        raise invalid(path, f"corrupt: its header is not JSON ({str(error)[:200]})", code="model_corrupt") from None
+    metadata = header.get("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise invalid(path, "corrupt: its __metadata__ is no map of texts", code="model_corrupt")
     return header
+
+
+def _may_repeat(text: bytes, tensors: int) -> bool:
+    """Whether a name could stand in the header twice. Counting is free; a hook for every object would double the time."""
+    return text.count(b'"data_offsets"') != tensors or b"\\" in text
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name stands in it twice")
+    return found
 
 
 def _span(path: Path, tensor: str, entry: object) -> tuple[int, int]:
     match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [int(begin), int(end)]} if 0 <= begin <= end:
-            if len(shape) <= MAX_DIMENSIONS and all(_is_size(size) for size in shape) and _fits(dtype, shape, end - begin):
+        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if _is_size(begin) and _is_size(end):
+            if begin <= end and len(shape) <= MAX_DIMENSIONS and all(map(_is_size, shape)) and _fits(dtype, shape, end - begin):
                 return begin, end
     raise invalid(path, f"corrupt: its header is wrong about tensor {tensor[:100]!r}", code="model_corrupt")
 

@@ -7,29 +7,35 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from vllmd.config.settings import Model
-from vllmd.models import gguf, safetensors, weights
-from vllmd.models.inventory import Inventory, ModelFile, invalid, is_plain, read_small, take
+from vllmd.models import gguf, pickles, safetensors, weights
+from vllmd.models.inventory import MAX_FILES, Inventory, ModelFile, invalid, is_plain, read_ends, read_small, take
 from vllmd.models.ioerrors import explained
 
 MAX_CONFIG_BYTES = 16 << 20
-MAX_INDEX_BYTES = 256 << 20
+MAX_INDEX_BYTES = 64 << 20
+"""The largest models' indexes have 20 MB; parsed, hostile JSON takes twenty times its size."""
+MAX_TOKENIZER_BYTES = 256 << 20
+JSON_TOKENIZERS = ("tokenizer.json", "tekken.json")
 MIB, KIB = 1 << 20, 1 << 10
 
 
 @dataclass(frozen=True, slots=True)
 class Checks:
-    """What a person may switch off."""
+    """What a person may switch off, or (`pickle`) allow."""
 
     tokenizer: bool = True
     integrity: bool = True
+    pickle: bool = False
 
 
 def checks_of(settings: Model) -> Checks:
-    return Checks(tokenizer=not settings.skip_tokenizer_check, integrity=not settings.skip_integrity_check)
+    return Checks(
+        tokenizer=not settings.skip_tokenizer_check, integrity=not settings.skip_integrity_check, pickle=settings.allow_pickle
+    )
 
 
 def validate(directory: Path, checks: Checks) -> Inventory:
@@ -42,6 +48,8 @@ def validate(directory: Path, checks: Checks) -> Inventory:
         _check_indexes(inventory)
         _check_parts(inventory)
         _check_weights(inventory)
+        if not checks.pickle:
+            pickles.refuse(inventory)
         if checks.integrity:
             _check_integrity(inventory)
         return inventory
@@ -61,7 +69,7 @@ def _read_object(path: Path, limit_bytes: int) -> dict[str, Any]:
     try:
         value = json.loads(read_small(path, limit_bytes).decode("utf-8"))  # bytes would be taken as UTF-16 too, which no engine reads
     except (ValueError, RecursionError) as error:
-        raise invalid(path, f"is not JSON: {error}", code="model_corrupt") from None
+        raise invalid(path, f"is not JSON: {str(error)[:200]}", code="model_corrupt") from None
     if not isinstance(value, dict):
         raise invalid(path, "is not a JSON object", code="model_corrupt")
     return value
@@ -72,12 +80,28 @@ def _check_tokenizer(inventory: Inventory) -> None:
         reason = "has no tokenizer (tokenizer.json, tokenizer.model, tekken.json, vocab.txt, vocab.json with merges.txt, *.tiktoken)"
         hint = "Add its tokenizer files, or set model.skip_tokenizer_check (VLLM_SKIP_TOKENIZER_CHECK=1) if it needs none."
         raise invalid(inventory.directory, reason, hint, "model_incomplete")
+    for place in weights.TOKENIZER_PLACES:
+        for name in JSON_TOKENIZERS:
+            if place + name in inventory.files:
+                _check_ends(inventory.directory / place / name, inventory.files[place + name].size)
+
+
+def _check_ends(path: Path, size: int) -> None:
+    """Such files have 10 to 30 MB, and to parse one takes half a second of every start: a download that broke off, and an
+    error page in its place, show at the ends."""
+    if size > MAX_TOKENIZER_BYTES:
+        raise invalid(path, f"has {size} bytes, which no tokenizer has", code="model_corrupt")
+    first, last = read_ends(path, 4096)
+    if size and not (first.lstrip(b" \t\r\n").startswith(b"{") and last.rstrip(b" \t\r\n").endswith(b"}")):
+        raise invalid(path, "is no JSON object: it does not begin with '{' and end with '}'", code="model_corrupt")
 
 
 def _check_indexes(inventory: Inventory) -> None:
-    for file in inventory.top():
-        if file.name.endswith(".index.json"):
-            _check_index(inventory, inventory.directory / file.name)
+    top = [file.name for file in inventory.top()]
+    safetensors_win = any(name.endswith(".safetensors") for name in top)
+    for name in top:
+        if name.endswith(".index.json") and not (safetensors_win and weights.is_pickle_index(name)):
+            _check_index(inventory, inventory.directory / name)
 
 
 def _check_index(inventory: Inventory, path: Path) -> None:
@@ -85,9 +109,13 @@ def _check_index(inventory: Inventory, path: Path) -> None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise invalid(path, "has no weight_map object that names files", code="model_corrupt")  # an engine loads these alone
     named = list(dict.fromkeys(value if isinstance(value, str) else "" for value in weight_map.values()))
+    if len(named) > MAX_FILES:
+        raise invalid(path, f"names {len(named)} files, which are too many for a model", code="model_unsafe")
     for name in named:
         if not is_plain(name):
             raise invalid(path, f"names {name[:100]!r}, which is no file of this model", code="model_unsafe")
+        if str(PurePosixPath(name)) != name:  # an engine compares names as they are written, and would pass over the file
+            raise invalid(path, f"names {name[:100]!r}, which is not how that file is called", code="model_corrupt")
     missing = sorted(name for name in named if name not in inventory.files)
     if missing:
         reason = f"{len(missing)} of its {len(named)} files are missing: {weights.first_five(missing)}"
@@ -95,7 +123,7 @@ def _check_index(inventory: Inventory, path: Path) -> None:
 
 
 def _check_parts(inventory: Inventory) -> None:
-    missing, wrong = weights.missing_parts(file.name for file in inventory.top())
+    missing, wrong = weights.missing_parts(file.name for file in _weights(inventory))
     if wrong:
         raise invalid(inventory.directory, wrong, code="model_corrupt")
     if missing:
@@ -110,7 +138,8 @@ def _check_weights(inventory: Inventory) -> None:
 
 
 def _weights(inventory: Inventory) -> list[ModelFile]:
-    return [file for file in inventory.top() if weights.is_weight(file.name)]
+    """Those that an engine would load."""
+    return [inventory.files[name] for name in weights.loaded(file.name for file in inventory.top())]
 
 
 def _check_integrity(inventory: Inventory) -> None:

@@ -6,9 +6,11 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Set
 
-EXTENSIONS = ("safetensors", "bin", "pt", "pth", "gguf")
+PICKLES = ("bin", "pt", "pth", "ckpt", "pkl")
+"""Formats in which a file says what to run while it is loaded."""
+EXTENSIONS = ("safetensors", *PICKLES, "gguf")
 NOT_WEIGHTS = re.compile(r"training_args\.bin|optimizer\.(bin|pt)|scheduler\.(bin|pt)|rng_state.*\.pth")
-PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt|pth|gguf)", re.ASCII)
+PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin|pt|pth|ckpt|pkl|gguf)", re.ASCII)
 TOKENIZERS = {"tokenizer.json", "tokenizer.model", "spiece.model", "vocab.txt", "tekken.json"}
 TOKENIZER_PAIRS = ({"vocab.json", "merges.txt"}, {"tokenizer_config.json", "vocab.json"})
 LONGEST_NAME = 255
@@ -18,6 +20,25 @@ TOKENIZER_PLACES = ("", "tokenizer/", "tokenizer_files/")
 
 def is_weight(name: str) -> bool:
     return name.rpartition(".")[2] in EXTENSIONS and not NOT_WEIGHTS.fullmatch(name)
+
+
+def is_pickle(name: str) -> bool:
+    return is_weight(name) and name.rpartition(".")[2] in PICKLES
+
+
+def is_pickle_index(name: str) -> bool:
+    """pytorch_model.bin.index.json and the like."""
+    stem = name.removesuffix(".index.json")
+    return stem != name and stem.rpartition(".")[2] in PICKLES
+
+
+def loaded(names: Iterable[str]) -> list[str]:
+    """Of the files of one directory the weights that an engine loads: it prefers safetensors, and then opens no
+    pickle. Hidden files are none: no pattern of an engine's matches them."""
+    found = [name for name in names if is_weight(name) and not name.startswith(".")]
+    if any(name.endswith(".safetensors") for name in found):
+        return [name for name in found if not is_pickle(name)]
+    return found
 
 
 def has_tokenizer(names: Set[str]) -> bool:
