@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import os
 from pathlib import Path
@@ -14,6 +15,7 @@ from tests.component.test_source_s3 import environ
 from tests.fakes.s3_server import Asked, Reply, S3Server, error, item, listing
 from vllmd.config.settings import Model
 from vllmd.core.plan import ResolvedModel
+from vllmd.errors import ModelInvalid
 from vllmd.models import demo
 from vllmd.models.resolve import resolve
 from vllmd.models.wire import Progress
@@ -81,3 +83,36 @@ def test_a_new_upload_is_a_new_version(tmp_path: Path) -> None:
     assert after.directory != before.directory
     assert (after.directory / "notes.txt").read_text() == "second"
     assert [asked.path for asked in server.asked] == ["/models", "/models/p/Tiny/notes.txt"], "what another version has is not fetched again"
+
+
+class Summed(Bucket):
+    """Objects have a SHA-256, as the one who uploaded them computed it."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self.sums = {path.name: hashlib.sha256(path.read_bytes()).digest() for path in directory.iterdir()}
+
+    def __call__(self, asked: Asked) -> Reply:
+        if asked.method != "HEAD":
+            return super().__call__(asked)
+        sha256 = base64.b64encode(self.sums[unquote(asked.path).removeprefix("/models/p/Tiny/")]).decode()
+        return Reply(200, b"", {"x-amz-checksum-sha256": sha256, "x-amz-checksum-type": "FULL_OBJECT"})
+
+    def _item(self, name: str) -> str:
+        more = "<ChecksumAlgorithm>SHA256</ChecksumAlgorithm><ChecksumType>FULL_OBJECT</ChecksumType>"
+        return item(f"p/Tiny/{quote(name)}", (self._directory / name).stat().st_size, self._etag(name), more)
+
+
+def test_a_checksum_of_the_store_is_held_against_the_bytes(tmp_path: Path) -> None:
+    directory = demo.make(tmp_path / "uploaded")
+    bucket = Summed(directory)
+    shard = directory / "model-00002-of-00002.safetensors"
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with S3Server(bucket) as server, pytest.raises(ModelInvalid) as caught:
+        resolved(server.url, tmp_path / "store")
+    assert shard.name in caught.value.what
+    shard.write_bytes(good)
+    with S3Server(bucket) as server:
+        model, _ = resolved(server.url, tmp_path / "store")
+    assert (model.directory / shard.name).read_bytes() == good

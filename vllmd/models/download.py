@@ -13,12 +13,12 @@ import ssl
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vllmd.errors import ModelInvalid
 from vllmd.models.hashing import Digest
-from vllmd.models.remote import Listing, RemoteFile, Transport
+from vllmd.models.remote import Listing, RemoteFile, Transport, known_sums
 from vllmd.models.stage import Stage
 from vllmd.models.transfer import tls
 from vllmd.models.transfer.client import Client
@@ -154,6 +154,7 @@ class _Fetch:
                     os.ftruncate(task.fd, 0)
             except OSError as error:
                 raise storage_error(error, f"write {path}") from error
+        task.file = replace(task.file, sums=known_sums(self._transport, task.file))
         if task.done.bytes:
             self._log(f"{task.name}: {task.done.bytes} of {task.file.size} bytes are here from an earlier attempt")
         else:
