@@ -1,6 +1,6 @@
 """`python -m bench [--quick] [--only NAME]...`: measures, and prints one table.
 
-Some minutes; --quick leaves out the real vLLM, which takes most of them. Everything that is started or made is gone at
+A quarter of an hour; --quick leaves out the real vLLM and the download, which take most of it. Everything that is started or made is gone at
 the end, also after Ctrl-C. Root sees more: cgroups of the benchmark's own, and other users' processes.
 """
 
@@ -15,11 +15,12 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from bench import idle, killing, port_check, processes, ready, real, spawning
+from bench import download, idle, killing, noop, port_check, processes, ready, real, spawning
 from bench.place import BenchError
 from bench.table import Figure, compared, render
 
 TOOLS = ("walk ", "ss ", "lsof ")
+SLOW = ("real", "download")
 
 
 def _port_check() -> list[Figure]:
@@ -45,16 +46,18 @@ PARTS: dict[str, tuple[str, Callable[[], list[Figure]]]] = {
     "kill": ("SIGKILL of the engine", killing.run),
     "idle": ("a ready supervisor, for a minute", idle.run),
     "port": ("the port check with 2,000 processes and 20,000 sockets", _port_check),
+    "noop": ("resolving a large model that is there", noop.run),
+    "download": ("3 GB from a store in memory, beside what fetches it otherwise (5 to 8 minutes)", download.run),
     "real": ("starts of the real vLLM, in turns (5 to 10 minutes)", real.run),
 }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.partition("\n\n")[2])
-    parser.add_argument("--quick", action="store_true", help="without the real vLLM")
+    parser.add_argument("--quick", action="store_true", help="without the real vLLM, and without the download")
     parser.add_argument("--only", action="append", choices=PARTS, metavar="NAME", help=f"some parts: {', '.join(PARTS)}")
     options = parser.parse_args()
-    names = options.only or [name for name in PARTS if not (options.quick and name == "real")]
+    names = options.only or [name for name in PARTS if not (options.quick and name in SLOW)]
     processes.adopt_orphans()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _interrupt)

@@ -72,7 +72,7 @@ def serving(nginx: Path, root: Path, home: Path) -> Iterator[Server]:
     home.mkdir()
     certificate(home)
     port, tls_port = free_port(), free_port()
-    with _listing(root) as lister:
+    with listing(root) as lister:
         words = {"home": home, "root": root, "bucket": BUCKET, "commit": COMMIT, "port": port, "tls_port": tls_port, "lister": lister}
         (home / "nginx.conf").write_text(_CONFIG.format(**words))
         argv = [str(nginx), "-p", str(home), "-e", str(home / "error.log"), "-c", str(home / "nginx.conf")]
@@ -89,7 +89,8 @@ def serving(nginx: Path, root: Path, home: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def _listing(root: Path) -> Iterator[int]:
+def listing(root: Path) -> Iterator[int]:
+    """The port of a server that lists root/BUCKET, and describes it as a model of a hub."""
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             url = urlsplit(self.path)
