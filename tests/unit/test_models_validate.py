@@ -361,6 +361,7 @@ def alignment(value: int) -> bytes:
         (block(2, 64, offset=64, data=64 + 36), ""),
         (block(2, 64, offset=64, data=64 + 35), "1 bytes are missing"),
         (block(2, 64, offset=33, data=200), "no multiple of 32"),
+        (gguf(b"", text("t") + struct.pack("<IIQ", 0, 2, 0), counts=(1, 0), data=bytes(99)), "rows of 1 elements"),
         (block(999, 1 << 60, data=1), ""),
         (block(999, 1 << 60), "are missing"),
         (block(0, 1 << 63, data=1), "are missing"),

@@ -181,6 +181,7 @@ def _tensor(reader: _Reader, alignment: int) -> tuple[int, int]:
     elements, block_bytes = BLOCKS.get(kind, (1, 0))
     if not block_bytes:
         return offset, 1
-    if (shape[0] if shape else 1) % elements:
-        raise _Wrong(f"it has a tensor of type {kind} with rows of {shape[0]} elements, which is no multiple of {elements}")
+    row = shape[0] if shape else 1
+    if row % elements:
+        raise _Wrong(f"it has a tensor of type {kind} with rows of {row} elements, which is no multiple of {elements}")
     return offset, math.prod(shape) // elements * block_bytes

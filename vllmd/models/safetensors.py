@@ -84,10 +84,13 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _span(path: Path, tensor: str, entry: object) -> tuple[int, int]:
-    match entry:
-        case {"dtype": str(dtype), "shape": [*shape], "data_offsets": [begin, end]} if _is_size(begin) and _is_size(end):
-            if begin <= end and len(shape) <= MAX_DIMENSIONS and all(map(_is_size, shape)) and _fits(dtype, shape, end - begin):
-                return begin, end
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]  # type: ignore[index]
+        are_right = type(shape) is list and type(dtype) is str and _is_size(begin) and _is_size(end) and begin <= end
+        if are_right and len(shape) <= MAX_DIMENSIONS and all(map(_is_size, shape)) and _fits(dtype, shape, end - begin):
+            return begin, end
+    except (TypeError, KeyError, ValueError):
+        pass
     raise invalid(path, f"corrupt: its header is wrong about tensor {tensor[:100]!r}", code="model_corrupt")
 
 
