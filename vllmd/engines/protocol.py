@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
@@ -96,3 +96,12 @@ class Engine(Protocol):
 
     def read_line(self, line: str) -> LogFact:
         """Level, phase and progress of one line of output; never raises."""
+
+
+@runtime_checkable
+class Preparing(Protocol):
+    """An engine that may want to be given another directory than the model's own."""
+
+    def prepare(self, context: Context, directory: Path) -> tuple[Path, str]:
+        """The directory to serve (the model's own, or one of links to it below paths.cache), and a sentence for the
+        journal ('' where there is nothing to say). Called in a thread right before the launch; OSError."""

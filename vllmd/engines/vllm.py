@@ -23,6 +23,7 @@ from vllmd.engines import (
     vllm_logs,
     vllm_proof,
     vllm_task,
+    vllm_tokenizer,
     vllm_tuning,
 )
 from vllmd.engines.protocol import Context, LogFact, ProofRequest, SettingRefused
@@ -64,6 +65,9 @@ class Vllm:
             *_chosen(context),
         )
         return Command(argv, _environment(context), private, (*keys, *_secret_values(context)))
+
+    def prepare(self, context: Context, directory: Path) -> tuple[Path, str]:
+        return vllm_tokenizer.prepare(directory, context.installed.executable, context.paths.cache)
 
     def task(self, context: Context, model: Path) -> str:
         arguments = vllm_check.arguments(context)

@@ -16,7 +16,7 @@ from vllmd.config.redact import redact_argv, redact_text
 from vllmd.config.settings import Log
 from vllmd.core import events as ev
 from vllmd.core.plan import Command, Plan, ResolvedModel
-from vllmd.engines.protocol import Context, Engine
+from vllmd.engines.protocol import Context, Engine, Preparing
 from vllmd.errors import EngineFailed, TryLater
 from vllmd.instance import record
 from vllmd.instance.board import Board, now_text
@@ -100,7 +100,7 @@ class EngineLife:
         self._model = model
         self._hold.callback((await in_thread(lambda: store.hold(model.directory))).close)
         await self._port.take()
-        command = self.engine.command(self.context, str(model.directory))
+        command = self.engine.command(self.context, str(await self._prepared(model.directory)))
         self._secrets = command.secrets
         self._write_private(command)
         launch_id = os.urandom(16).hex()
@@ -119,6 +119,18 @@ class EngineLife:
         self._board.set(engine={**(self._board.document["engine"] or {}), "pid": self._child.pid})
         argv = " ".join(redact_argv(command.argv, command.secrets))
         self._journal.event("engine-spawned", f"engine spawned: {argv}", priority=6, pid=self._child.pid, family=self.family.describe())
+
+    async def _prepared(self, directory: Path) -> Path:
+        engine = self.engine
+        if not isinstance(engine, Preparing):
+            return directory
+        try:
+            served, said = await in_thread(lambda: engine.prepare(self.context, directory))
+        except OSError as error:
+            raise storage_error(error, f"prepare {directory}") from error
+        if said:
+            self._journal.event("model-prepared", said, priority=4 if served == directory else 5, directory=str(served))
+        return served
 
     def _write_private(self, command: Command) -> None:
         for name, content in command.private_files.items():
