@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from bench import download, idle, killing, noop, port_check, processes, ready, real, spawning
+from bench import download, headers, idle, killing, noop, port_check, processes, ready, real, reverify, spawning, warmup
 from bench.place import BenchError
 from bench.table import Figure, compared, render
 
@@ -46,6 +46,9 @@ PARTS: dict[str, tuple[str, Callable[[], list[Figure]]]] = {
     "kill": ("SIGKILL of the engine", killing.run),
     "idle": ("a ready supervisor, for a minute", idle.run),
     "port": ("the port check with 2,000 processes and 20,000 sockets", _port_check),
+    "headers": ("validating the headers of a large model", headers.run),
+    "reverify": ("re-verification of 3 GB in memory", reverify.run),
+    "warmup": ("starts with and without the pass over the weights, cold and warm (4 minutes)", warmup.run),
     "noop": ("resolving a large model that is there", noop.run),
     "download": ("3 GB from a store in memory, beside what fetches it otherwise (5 to 8 minutes)", download.run),
     "real": ("starts of the real vLLM, in turns (5 to 10 minutes)", real.run),

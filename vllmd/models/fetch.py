@@ -12,7 +12,7 @@ import threading
 
 from vllmd.errors import UsageError, VllmdError
 from vllmd.models import wire
-from vllmd.models.resolve import resolve_patiently, verified
+from vllmd.models.resolve import resolve_patiently
 
 
 def main() -> int:
@@ -35,7 +35,9 @@ def _serve(line: bytes) -> None:
         raise UsageError("bad_request", f"no request for the resolver: {error}", "It is started by vllmd, not by hand.") from error
     model = resolve_patiently(request, settings, os.environ, _emit)
     _emit(wire.Resolved(model))
-    _emit(wire.Verified(verified(model, request, settings, _emit).manifest_sha256))
+    from vllmd.models.verify import verify  # not before the engine may start
+
+    _emit(wire.Verified(verify(model, request, settings, _emit) or model.manifest_sha256))
 
 
 def _end_with_daemon() -> None:

@@ -264,10 +264,12 @@ def resolve_report(request: ModelRequest, settings: Model, environ: Mapping[str,
 
 
 def verified(model: ResolvedModel, request: ModelRequest, settings: Model, report: Report) -> ResolvedModel:
-    """The model after its bytes were verified as the settings ask. ModelInvalid."""
+    """The model after its bytes were verified as the settings ask, for commands that people wait for: without the pass that a
+    start makes while its engine imports. ModelInvalid."""
     from vllmd.models.verify import verify
 
-    return replace(model, manifest_sha256=verify(model, request, settings, report) or model.manifest_sha256)
+    alone = replace(settings, warm_up="off")
+    return replace(model, manifest_sha256=verify(model, request, alone, report) or model.manifest_sha256)
 
 
 def _model_fields(model: ResolvedModel) -> dict[str, Any]:

@@ -34,6 +34,6 @@ def whereabouts(request: ModelRequest, settings: Model, environ: Mapping[str, st
 def _first(name: str, request: ModelRequest, context: Context) -> Path | None:
     try:
         finding = sources.get(name).find(request, context)
-    except OSError:
-        return None  # the start will say it
+    except (OSError, ValueError):
+        return None  # the start will say it; ValueError: a name that this encoding of file names cannot say
     return finding.candidates[0].directory if isinstance(finding, Found) else None
