@@ -87,7 +87,7 @@ def _ways(home: Path) -> tuple[Way, ...]:
     binaries = home / "venv/bin"
     python, source = str(binaries / "python3"), f"s3://{BUCKET}/{PREFIX}"
     s5cmd = next((home / "venv/lib").glob("python3*/site-packages/s5cmd/bin/s5cmd"), home / "no-s5cmd")
-    rclone = ("copy", f":s3:{BUCKET}/{PREFIX}", "{to}", "--s3-provider", "Other", "--s3-env-auth", "--s3-region", "us-east-1", "--s3-endpoint", "{url}")
+    rclone: tuple[str, ...] = ("copy", f":s3:{BUCKET}/{PREFIX}", "{to}", "--s3-provider", "Other", "--s3-env-auth", "--s3-region", "us-east-1", "--s3-endpoint", "{url}")
     # Without --ignore-checksum it makes an MD5 of every byte, which no ETag of a large object could be compared with: 1.6 s a GB.
     rclone += ("--ca-cert", "{ca}", "--transfers", "8", "--multi-thread-streams", "4", "--use-server-modtime", "--ignore-checksum")
 

@@ -44,6 +44,7 @@ http {{
     ssl_certificate {home}/cert.pem;
     ssl_certificate_key {home}/key.pem;
     ssl_session_cache shared:S:1m;
+    ssl_protocols TLSv1.2 TLSv1.3;
     server {{
         listen 127.0.0.1:{port} reuseport;
         listen 127.0.0.1:{tls_port} ssl reuseport;
