@@ -180,7 +180,8 @@ class Daemon:
         request = wire.encode_request(self._plan.model, self.config.model)
 
         def on_event(event: wire.Progress | wire.Resolved | wire.Verified) -> None:
-            self.clockwork.allow(120)
+            if self.life.state is State.RESOLVING:  # after that the clocks of the start hold
+                self.clockwork.allow(120)
             match event:
                 case wire.Progress():
                     self._resolving(event)

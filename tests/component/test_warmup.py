@@ -24,7 +24,8 @@ from vllmd.models.hashing import Digest, Manner, hash_files
 from vllmd.models.identity import label
 from vllmd.models.inventory import ModelFile, take
 from vllmd.models.lock import private_directory
-from vllmd.models.resolve import resolve, verified
+from vllmd.models.resolve import resolve
+from vllmd.models.verify import verify
 from vllmd.models.wire import Progress
 
 pytestmark = pytest.mark.component
@@ -52,7 +53,7 @@ class Start:
     def __call__(self, settings: Model = AUTO) -> str:
         self.told.clear()
         model = resolve(self.request, settings, {}, self.told.append)
-        return verified(model, self.request, settings, self.told.append).manifest_sha256
+        return verify(model, self.request, settings, self.told.append)
 
     @property
     def kept(self) -> list[Progress]:

@@ -106,6 +106,7 @@ SAMPLES: Mapping[str, str] = {
     "log.level": "error",
     "log.line_max_bytes": "512",
     "model.verify": "sha256",
+    "model.warm_up": "off",
     "model.fetch_connections": "7",
     "model.require_revision": "commit",
     "gpus": "3",

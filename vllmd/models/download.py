@@ -184,9 +184,7 @@ class _Fetch:
         self._anew(task, begin, min(end, task.file.size))
 
     def _anew(self, task: Task, begin: int, end: int) -> None:
-        before = task.done.bytes
-        self._work.again(task, begin, end)
-        self._meter.lost(before - task.done.bytes)
+        self._meter.lost(self._work.again(task, begin, end))
         # The journal takes nothing back: it begins the file anew, with what is still believed.
         self._stage.journal.began(task.name, self._stage.marks[task.name], task.file.size)
         for low, high in list(task.done):

@@ -138,16 +138,19 @@ class Work:
                 part.task.whole_by = None
             self._changed.notify_all()
 
-    def again(self, task: Task, begin: int, end: int) -> None:
-        """Bytes [begin, end), thought to be there, are to be fetched again. `task.lock` is not held."""
+    def again(self, task: Task, begin: int, end: int) -> int:
+        """Bytes [begin, end), thought to be there, are to be fetched again; how many were. `task.lock` is not held."""
         with self._changed:
             with task.lock:
+                before = task.done.bytes
                 task.done.cut(begin, end)
+                lost = before - task.done.bytes
             task.gaps.insert(0, (begin, end))
             self._to_claim += end - begin
             if task not in self._open and task not in self._fresh:
                 self._open.append(task)
             self._changed.notify_all()
+        return lost
 
     def finish(self, task: Task) -> None:
         with self._changed:
