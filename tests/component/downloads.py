@@ -20,7 +20,8 @@ ORIGIN = "s3://bucket/tiny"
 
 
 def noise(size: int, seed: int = 1) -> bytes:
-    return random.Random(seed).randbytes(size)
+    chance = random.Random(seed)
+    return b"".join(chance.randbytes(min(1 << 24, size - at)) for at in range(0, size, 1 << 24))  # randbytes takes no more than 256 MB
 
 
 def sha256(data: bytes) -> str:
