@@ -111,6 +111,16 @@ def test_an_unknown_flag_gets_a_suggestion_before_anything_is_run(tmp_path: Path
     assert caught.value.hint == "did you mean --enforce-eager?"
 
 
+@pytest.mark.parametrize("key", ["load-format", "load_format", "--load-format"])
+def test_a_format_that_loads_pickles_needs_leave(tmp_path: Path, key: str) -> None:
+    known = FLAGS | {"--load-format"}
+    with pytest.raises(SettingRefused) as caught:
+        Vllm().check(context(tmp_path, {"engine.args": {key: "pt"}}, flags=known))
+    assert caught.value.code == "load_format_pickle"
+    Vllm().check(context(tmp_path, {"engine.args": {key: "pt"}, "model.allow_pickle": True}, flags=known))
+    Vllm().check(context(tmp_path, {"engine.args": {key: "safetensors"}}, flags=known))
+
+
 def test_flags_of_an_unrecorded_engine_are_not_checked_and_that_is_said(tmp_path: Path) -> None:
     where = context(tmp_path, {"engine.args": {"whatever": True}}, flags=frozenset())
     assert any("flags are not known" in warning for warning in Vllm().check(where))

@@ -21,7 +21,7 @@ from vllmd.config.values import shown
 from vllmd.core.plan import Command
 from vllmd.engines import environment, record, registry, vllm_config_file
 from vllmd.engines.execute import execute
-from vllmd.engines.protocol import Context, Engine
+from vllmd.engines.protocol import Context, Engine, Preparing
 from vllmd.engines.vllm_check import pass_through
 from vllmd.engines.vllm_flags import without_owned
 from vllmd.errors import ConfigError, VllmdError
@@ -102,7 +102,7 @@ def serve_instance(
     warnings, extra = _checked(engine, context, extra)
     for warning in warnings:
         _say(f"WARN: {warning}")
-    command = engine.command(context, str(model))
+    command = engine.command(context, _prepared(engine, context, str(model)))
     return execute(replace(command, argv=(*command.argv, *extra)), print_cmd=print_cmd, dry_run=dry_run)
 
 
@@ -249,6 +249,7 @@ def _command(context: Context, variables: Mapping[str, str], extra: Sequence[str
         _say(f"WARN: {warning}")
     model = variables["_VLLM_RESOLVED_MODEL"]
     local = model.startswith("/")
+    model = _prepared(engine, context, model) if local else model
     environ = context.environ
     command = engine.command(context, model)
     env = {**command.env, **{name: value for name, value in variables.items() if name in ("HF_HOME", "HF_HUB_OFFLINE")}}
@@ -260,6 +261,20 @@ def _command(context: Context, variables: Mapping[str, str], extra: Sequence[str
     if keys:
         env["VLLM_API_KEY"] = keys[0]
     return replace(command, argv=(*command.argv, *extra), env=env, secrets=(*command.secrets, *keys))
+
+
+def _prepared(engine: Engine, context: Context, directory: str) -> str:
+    """What the engine is given instead of the model's directory, where it wants something else."""
+    if not isinstance(engine, Preparing):
+        return directory
+    try:
+        served, said = engine.prepare(context, Path(directory))
+    except OSError as error:
+        _say(f"WARN: the model is served as it is: {error.filename or context.paths.cache}: {error.strerror}")
+        return directory
+    if said:
+        _say(said)
+    return str(served)
 
 
 def _checked(engine: Engine, context: Context, extra: Sequence[str]) -> tuple[list[str], Sequence[str]]:

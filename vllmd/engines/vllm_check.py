@@ -32,6 +32,7 @@ def check(context: Context) -> list[str]:
         *_limits(context.installed),
     ]
     _refuse_gpu_count(context)
+    _refuse_pickle(context)
     _refuse_environment(context.config.engine.env)
     vllm_config_file.api_keys(context.config.serve.api_key, context.environ)
     if context.config.serve.listen == "uds":
@@ -170,6 +171,13 @@ def _refuse_gpu_count(context: Context) -> None:
             f"{wanted}, but {sizes}",
             "make serve.tensor_parallel_size (or gpus) fit: the product must equal the number of GPUs",
         )
+
+
+def _refuse_pickle(context: Context) -> None:
+    """This format loads pickle files although safetensors are there, which is all that was validated."""
+    if arguments(context).get("load-format") == "pt" and not context.config.model.allow_pickle:
+        what = "loads pickle files, which can run code that they bring, although safetensors may be there"
+        raise SettingRefused("load_format_pickle", "engine.args.load-format", what, "remove it, or set model.allow_pickle: true if you trust the model")
 
 
 def _count(value: Any, otherwise: int) -> int:

@@ -86,7 +86,7 @@ def _shadow(directory: Path, text: str, folder: Path) -> Path:
     target = folder / f"{model}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
     links = {entry.name: str(entry) for entry in directory.iterdir() if entry.name != CONFIG}
     if not _is_intact(target, links, text):
-        folder.mkdir(mode=0o755, exist_ok=True)
+        folder.mkdir(mode=0o755, exist_ok=True, parents=True)
         making = Path(tempfile.mkdtemp(prefix=f".{model}-", dir=folder))
         try:
             _fill(making, links, text)
