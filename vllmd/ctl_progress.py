@@ -61,7 +61,7 @@ def _lines(name: str) -> Show:
         if key == said:
             return
         said = key
-        percent = "" if now.fraction is None else f" {now.fraction:.0%}"
+        percent = "" if now.fraction is None else " ".join(filter(None, (f" {now.fraction:.0%}", now.text)))
         sys.stderr.write(f"{name}: {now.phase}{percent} ({time.monotonic() - began:.0f} s)\n")
         sys.stderr.flush()
 
