@@ -119,18 +119,30 @@ def env_file(settings: Model, request: ModelRequest) -> Path:
 def _first_verified(request: ModelRequest, settings: Model, environ: Mapping[str, str]) -> ResolvedModel:
     """As today, a model whose sums are wrong is no hit: the next source is asked."""
     rejected: dict[Path, VllmdError] = {}
+    say = _Teller()
     while True:
-        model = resolve(request, settings, environ, _say, rejected)
+        model = resolve(request, settings, environ, say, rejected)
         try:
-            return verified(model, request, settings, _say)
+            return verified(model, request, settings, say)
         except ModelInvalid as error:
-            _say(Progress("verify", model.via, text=f"failed ({error.what})"))
+            say(Progress("verify", model.via, text=f"failed ({error.what})"))
             rejected[model.directory] = error
 
 
-def _say(progress: Progress) -> None:
-    if progress.text and not progress.total_bytes:
-        print(f"[model] {progress.text}", flush=True)
+class _Teller:
+    """Each sentence as a line; of bytes on their way, each tenth."""
+
+    def __init__(self) -> None:
+        self._tenth = -1
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.fraction is not None:
+            tenth = int(progress.fraction * 10)
+            if tenth <= self._tenth or progress.phase != "fetch":
+                return
+            self._tenth = tenth
+        if progress.text:
+            print(f"[model] {progress.text}", flush=True)
 
 
 def exports(request: ModelRequest, model: ResolvedModel) -> dict[str, str]:
