@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -166,3 +167,19 @@ def test_previous_model_is_what_a_start_gets_with_a_warning(served: tuple[World,
     assert outcome.said(f"Resolved: {ID} (via local)")
     assert world.link.resolve() == version
     assert world.publish_good() != version
+
+
+@pytest.mark.parametrize("target", ["../../canary/config.json", "/etc/hostname"])
+def test_local_model_with_a_link_out_of_its_tree(served: tuple[World, FakeHub], target: str) -> None:
+    world, _ = served
+    before, version = digests(world.around, world.store), world.link.resolve()
+    directory = world.store / "linking"
+    directory.mkdir(exist_ok=True)
+    for name, data in BASE.items():
+        (directory / name).write_bytes(data)
+    (directory / "config.json").unlink()
+    (directory / "config.json").symlink_to(target)
+    asked = replace(world.asked, path=str(directory), sources=("local",))
+    check_refusal(run(asked, world.settings, world.variables), 65, f"{directory}/config.json", "leaves the model's directory")
+    world.check_served(version, before)
+    shutil.rmtree(directory)
