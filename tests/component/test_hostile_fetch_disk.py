@@ -72,7 +72,7 @@ def test_disk_that_fills_up_during_the_fetch(mounted: tuple[World, Bucket, S3Ser
     finally:
         remount(world, f"size={ROOM}")
     if pages == 0 or outcome.status:
-        check_refusal(outcome, 74, "No space left on device")
+        check_refusal(outcome, 74, "No space left on device", str(world.store))
         assert world.link.resolve() == version
     assert publishing.wrong(world.store, world.asked) == []
     assert world.publish_good() != version

@@ -118,7 +118,7 @@ class Receiver:
                 done += os.splice(pipe, fd, count - done, offset_dst=position + done)
             except OSError as error:
                 if error.errno not in _UNSUPPORTED:
-                    raise storage_error(error, f"write {name}") from error
+                    raise storage_error(error, f"write {_path(fd, name)}") from error
                 self._splices = False
                 while done < count and (rest := os.read(pipe, count - done)):
                     write_all(fd, rest, position + done, name)
@@ -133,6 +133,14 @@ class Receiver:
         return self._pipe
 
 
+def _path(fd: int, name: str) -> str:
+    """Where that is: which disk is full is what an operator must know."""
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path of a file system
+    except OSError:
+        return name
+
+
 def write_all(fd: int, data: bytes | memoryview, position: int, name: str) -> None:
     """StorageFailed."""
     rest = memoryview(data)
@@ -142,4 +150,4 @@ def write_all(fd: int, data: bytes | memoryview, position: int, name: str) -> No
             position += count
             rest = rest[count:]
     except OSError as error:
-        raise storage_error(error, f"write {name}") from error
+        raise storage_error(error, f"write {_path(fd, name)}") from error
