@@ -24,6 +24,7 @@ from vllmd.models.ioerrors import explained
 from vllmd.models.places import present
 
 DIRECTORY = ".locks"
+DIRECTORY_MODE = 0o755
 POLL_S = 0.05
 SAY_AGAIN_S = 10.0
 SAY_S = 1.0
@@ -63,19 +64,50 @@ def locked(store: Path, hash12: str, timeout_s: float, waiting: Callable[[str], 
 
 def private_directory(store: Path, name: str) -> Path:
     """A directory of ours in the store, made if missing, like the store itself; it gets the owner of what it is made in, so
-    that a command that root ran once does not leave behind what the service cannot write. OSError."""
+    that a command that root ran once does not leave behind what the service cannot write, and its mode whatever the umask is:
+    who may not read .published has no models. PermissionMissing for a link, for what is no directory, and for another user's:
+    who owns it may put a link into our way while we write. OSError."""
     path = store / name
-    if store != store.parent and not present(store):
-        private_directory(store.parent, store.name)
+    _make_missing(store)
     owner = store.stat()
     try:
-        path.mkdir(mode=0o755)
-        if os.geteuid() == 0:
-            os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+        path.mkdir(mode=DIRECTORY_MODE)
     except FileExistsError:
-        if path.is_symlink():
-            raise _refused(path, "is a link") from None
+        reason = _unfit(path, owner.st_uid)
+        if reason:
+            raise _refused_directory(path, reason) from None
+        return path
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if os.geteuid() == 0:
+            os.fchown(fd, owner.st_uid, owner.st_gid)
+        os.fchmod(fd, DIRECTORY_MODE)
+    finally:
+        os.close(fd)
     return path
+
+
+def _make_missing(path: Path) -> None:
+    """The store and what it lacks above; their mode is the umask's affair."""
+    if path == path.parent or present(path):
+        return
+    _make_missing(path.parent)
+    owner = path.parent.stat()
+    path.mkdir(mode=DIRECTORY_MODE, exist_ok=True)
+    if os.geteuid() == 0:
+        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
+
+
+def _unfit(path: Path, store_owner: int) -> str:
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        return "is a link" if stat.S_ISLNK(status.st_mode) else "is no directory"
+    return _foreign(status, store_owner)
+
+
+def _refused_directory(path: Path, reason: str) -> PermissionMissing:
+    hint = f"Look who made it, then move it out of the way: mv {path} {path}.old; it is made anew."
+    return PermissionMissing("lock_refused", f"{path}: {reason}; only a plain directory of the store's owner will do", hint)
 
 
 def _open(store: Path, path: Path) -> int:
@@ -108,9 +140,13 @@ def _open_in(directory: int, path: Path, store: os.stat_result) -> int:
 def _distrusted(status: os.stat_result, store_owner: int) -> str:
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         return "is no plain file"
-    if status.st_uid not in (os.geteuid(), 0, store_owner):
-        return f"belongs to uid {status.st_uid}, neither this user, nor root, nor the store's owner"
-    return ""
+    return _foreign(status, store_owner)
+
+
+def _foreign(status: os.stat_result, store_owner: int) -> str:
+    if status.st_uid in (os.geteuid(), 0, store_owner):
+        return ""
+    return f"belongs to uid {status.st_uid}, neither this user, nor root, nor the store's owner"
 
 
 def _refused(path: Path, reason: str) -> PermissionMissing:
