@@ -83,7 +83,7 @@ def test_what_a_stranger_planted_is_not_written_through(store: Path, model: Path
 
 
 @pytest.mark.parametrize("kind", ["file", "fifo", "link"])
-@pytest.mark.parametrize("name", [".staging"])
+@pytest.mark.parametrize("name", [".staging", ".published", f".published/{label(asked(Path()))}"])
 def test_what_is_in_the_way_is_named_before_the_first_byte(name: str, kind: str, store: Path, model: Path, tmp_path: Path) -> None:
     place = store / name
     place.parent.mkdir(exist_ok=True)

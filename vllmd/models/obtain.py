@@ -72,6 +72,7 @@ def _fetched(errand: Errand, offered: Offered, listing: Listing) -> ResolvedMode
     with explained(f"prepare the stage in {store}"):
         empty_trash(store, errand.say)
         stage = Stage.open(store, label(errand.request), listing)
+        publish.check_place(store, errand.request, stage.directory)
         adopted = _adopt(stage, store, listing)
         missing = stage.remaining_bytes(listing)
         space.check(stage.directory, missing, len(listing.files))

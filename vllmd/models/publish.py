@@ -35,7 +35,7 @@ from vllmd.models.remote import Listing
 from vllmd.models.store import PUBLISHED, USE_LOCK, published_target
 from vllmd.system.files import storage_error
 
-__all__ = ["current", "damaged", "mark_damaged", "publish", "reusable"]
+__all__ = ["check_place", "current", "damaged", "mark_damaged", "publish", "reusable"]
 
 Tell = Callable[[str], None]
 
@@ -107,6 +107,17 @@ def _explained(what: str) -> Iterator[None]:
         raise (translated(error, what) if is_permission else storage_error(error, what)) from error
 
 
+def check_place(store: Path, request: ModelRequest, stage: Path) -> None:
+    """What would refuse the publication whatever is fetched is said before the first byte. PermissionMissing, StorageFailed;
+    OSError."""
+    home = store
+    for name in (PUBLISHED, label(request)):
+        if not present(home / name):
+            break
+        home = private_directory(home, name)
+    _check_file_system(stage, home)
+
+
 def _home(store: Path, request: ModelRequest) -> Path:
     """STORE/.published/<label>, durable, without links that an interrupted swap left."""
     home = private_directory(private_directory(store, PUBLISHED), label(request))
@@ -123,9 +134,7 @@ def _check_stage(stage: Path, contents: Contents, directory: Path) -> None:
     """The last look before it is served: these files, of these sizes, no links, and on one file system with the store."""
     if stage.is_symlink():
         raise _changed(stage, "is a link")
-    if stage.stat().st_dev != directory.parent.stat().st_dev:
-        what = f"{stage} and {directory.parent} are on two file systems: a model cannot be moved between them in one step"
-        raise StorageFailed("store_split", what, "Let .published and .staging be plain directories of the store.")
+    _check_file_system(stage, directory.parent)
     for path in durable.files(stage):
         name = str(path.relative_to(stage))
         if name not in contents.files and name not in OWN_FILES:
@@ -137,6 +146,12 @@ def _check_stage(stage: Path, contents: Contents, directory: Path) -> None:
         if present(directory / name) and (stage / name).samefile(directory / name):
             (stage / name).unlink()
             raise _changed(stage / name, "is the very file that was found damaged")
+
+
+def _check_file_system(stage: Path, home: Path) -> None:
+    if stage.stat().st_dev != home.stat().st_dev:
+        what = f"{stage} and {home} are on two file systems: a model cannot be moved between them in one step"
+        raise StorageFailed("store_split", what, "Let .published and .staging be plain directories of the store.")
 
 
 def _changed(path: Path, reason: str) -> StorageFailed:
