@@ -100,6 +100,12 @@ ENTRY = b'{"dtype":"U8","shape":[4],"data_offsets":[0,4]}'
         b'{"a":%s,"a":%s}' % (ENTRY, ENTRY),
         b'{"a":%s,"\\u0061":%s}' % (ENTRY, ENTRY.replace(b"data_o", b"dat\\u0061_o")),
         b'{"a":{"dtype":"U8","shape":[5],"shape":[4],"data_offsets":[0,4]},"b\\u0062":{"dtype":"U8","shape":[0],"data_offsets":[4,4]}}',
+        b'{"a":{"dtype":"F32","dtype":"U8","shape":[4],"data_offsets":[0,4]}}',
+        b'{"a":{},"a":%s}' % ENTRY,
+        b'{"a":7,"a":%s}' % ENTRY,
+        b'{"__metadata__":{"x":"1","x":"2"},"a":%s}' % ENTRY,
+        b'{"__metadata__":{},"__metadata__":{"x":"2"},"a":%s}' % ENTRY,
+        b'{"a":%s,"__metadata__":{"x":"1"},"__metadata__":{}}' % ENTRY,
     ],
 )
 def test_tensor_that_stands_twice_in_a_header(model: Path, text: bytes) -> None:
@@ -107,9 +113,51 @@ def test_tensor_that_stands_twice_in_a_header(model: Path, text: bytes) -> None:
     assert "stands in it twice" in refusal(model).what
 
 
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        (b'"U8"', b"8"),
+        (b'"U8"', b'["U8"]'),
+        (b"[4]", b'{"4":4}'),
+        (b"[4]", b'"4"'),
+        (b"[4]", b"[4,true]"),
+        (b"[4]", b"[4.0]"),
+        (b"[4]", b"[-4,-1]"),
+        (b"[4]", b"[0,9223372036854775808]"),
+        (b"[0,4]", b"[false,4]"),
+        (b"[0,4]", b"[0.0,4]"),
+        (b"[0,4]", b"[0,4.0]"),
+        (b"[0,4]", b"[-4,0]"),
+        (b"[0,4]", b"[4,0]"),
+        (b"[0,4]", b"[0,4,4]"),
+        (b"[0,4]", b"[0,9223372036854775808]"),
+        (b"[0,4]", b'{"0":0,"4":4}'),
+        (b"[0,4]", b'"04"'),
+        (b',"data_offsets":[0,4]', b""),
+    ],
+)
+def test_tensor_whose_entry_is_wrong_in_one_thing(model: Path, right: bytes, wrong: bytes) -> None:
+    for dtype in (b'"U8"', b'"NEWER"'):  # of a type that is not known nothing but the size is left to the engine
+        entry = ENTRY.replace(right, wrong).replace(b'"U8"', dtype)
+        (model / SHARD1).write_bytes(shard(b'{"a":%s}' % entry, 4))
+        assert "wrong about tensor 'a'" in refusal(model).what
+
+
 def test_names_with_escapes_are_no_fault(model: Path) -> None:
     (model / SHARD1).write_bytes(shard(b'{"a\\u0061":%s,"__metadata__":{"x":"\\"data_offsets\\""}}' % ENTRY, 4))
     validate(model, Checks())
+
+
+def test_colons_in_names_and_more_members_than_we_know_are_no_fault(model: Path) -> None:
+    text = b'{"a:0":%s,"__metadata__":{"x:y":"z:z"}}' % ENTRY.replace(b"}", b',"layout":"dense"}')
+    (model / SHARD1).write_bytes(shard(text, 4))
+    validate(model, Checks())
+
+
+@pytest.mark.parametrize("metadata", [b"3", b"null", b'["x"]', b'{"x":1}', b'{"x":{"y":"z"}}'])
+def test_metadata_that_is_no_map_of_texts(model: Path, metadata: bytes) -> None:
+    (model / SHARD1).write_bytes(shard(b'{"a":%s,"__metadata__":%s}' % (ENTRY, metadata), 4))
+    assert "no map of texts" in refusal(model).what
 
 
 def test_header_of_a_hundred_megabytes(model: Path) -> None:
