@@ -14,7 +14,7 @@ import pytest
 from tests.fakes.hub import Asked, FakeHub, Reply
 from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest, ResolvedModel
-from vllmd.errors import PermissionMissing, VllmdError
+from vllmd.errors import ModelInvalid, PermissionMissing, VllmdError
 from vllmd.models import demo
 from vllmd.models.identity import label
 from vllmd.models.lock import private_directory
@@ -108,3 +108,13 @@ def test_directory_of_the_stores_owner_is_as_good_as_our_own(store: Path) -> Non
     for path in (store, store / ".pins"):
         os.chown(path, STRANGER, STRANGER)
     assert private_directory(store, ".pins") == store / ".pins"
+
+
+def test_pickle_weights_are_refused_before_they_are_fetched(store: Path, model: Path) -> None:
+    config = {path.name: path.read_bytes() for path in model.iterdir() if "safetensors" not in path.name}
+    with FakeHub({"acme/Tiny": {**config, "pytorch_model.bin": b"PK\3\4" + bytes(1000)}}) as hub:
+        with pytest.raises(ModelInvalid, match="pickle") as caught:
+            fetch(store, hub)
+        assert not [each for each in hub.asked if "/resolve/" in each.path]
+        assert "model.allow_pickle" in caught.value.hint
+        assert fetch(store, hub, allow_pickle=True, skip_integrity_check=True).via == "hf-hub"

@@ -8,6 +8,7 @@ from dataclasses import replace
 from fnmatch import fnmatchcase
 
 from vllmd.errors import ModelInvalid
+from vllmd.models import weights
 from vllmd.models.inventory import MAX_DEPTH, MAX_FILES, invalid, is_plain
 from vllmd.models.remote import Listing, RemoteFile
 
@@ -69,6 +70,15 @@ def selected(listing: Listing, exclude: Iterable[str]) -> Listing:
     has_safetensors = any(file.name.endswith(".safetensors") and "/" not in file.name for file in listing.files)
     files = tuple(file for file in listing.files if not _is_idle(file.name, patterns, has_safetensors=has_safetensors))
     return replace(listing, files=files)
+
+
+def refuse_pickles(listing: Listing) -> None:
+    """ModelInvalid where the engine would load pickles from the model's root: nobody waits hours for what is refused then."""
+    found = [name for name in weights.loaded(file.name for file in listing.files if "/" not in file.name) if weights.is_pickle(name)]
+    if found:
+        reason = f"its weights are pickle files ({weights.first_five(found)}), and loading such a file runs any code that its maker put into it"
+        hint = "Nothing was fetched. Take a revision or a model with *.safetensors files; if you trust whoever made these, set model.allow_pickle: true (VLLMD_ALLOW_PICKLE=1)."
+        raise invalid(listing.origin, reason, hint, "model_pickle")
 
 
 def _is_idle(name: str, patterns: tuple[str, ...], *, has_safetensors: bool) -> bool:

@@ -25,7 +25,7 @@ from vllmd.models.hashing import Digest
 from vllmd.models.identity import label
 from vllmd.models.inventory import invalid
 from vllmd.models.ioerrors import explained
-from vllmd.models.listing import checked, selected
+from vllmd.models.listing import checked, refuse_pickles, selected
 from vllmd.models.remote import Listing, Transport, known_sums
 from vllmd.models.retention import empty_trash
 from vllmd.models.sources import Offered
@@ -55,6 +55,8 @@ def obtain(errand: Errand, offered: Offered) -> ResolvedModel:
     listing = selected(checked(offered.listing), errand.settings.exclude)
     if not listing.files:
         raise invalid(listing.origin, "has no file that an engine reads", code="model_incomplete")
+    if not errand.settings.allow_pickle:
+        refuse_pickles(listing)
     with explained(f"look into {errand.request.store}"):
         present = publish.current(errand.request.store, errand.request)
     if present is not None:
