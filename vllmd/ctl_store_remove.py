@@ -39,10 +39,17 @@ def _removable(items: list[Item]) -> list[Item]:
 def _check(item: Item, users: Users, *, is_forced: bool) -> None:
     used = users.of(item)
     if used:
-        raise TryLater("model_in_use", f"{describe(item)} is in use by {', '.join(used)}", f"stop that first, as with: vllmctl stop {used[0].split()[0]}")
+        raise TryLater("model_in_use", f"{describe(item)} is in use by {', '.join(used)}", _release(used[0]))
     if item.is_pinned and not is_forced:
         hint = f"vllmctl store unpin {shown(item.identity)} --version {item.version[:12]}, or --force"
         raise UsageError("model_pinned", f"{describe(item)} is pinned", hint)
+
+
+def _release(user: str) -> str:
+    """Instances have a name, which is one word; everything else is a process of somebody's."""
+    if " " in user:
+        return "Wait until it has ended, or end it, and try again."
+    return f"stop that first, as with: vllmctl stop {user}"
 
 
 def describe(item: Item) -> str:

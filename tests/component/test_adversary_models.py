@@ -6,15 +6,19 @@ from __future__ import annotations
 import os
 import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.fakes.hub import Asked, FakeHub, Reply
+from vllmd import ctl_store
+from vllmd.config.paths import root_paths
 from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest, ResolvedModel
-from vllmd.errors import ModelInvalid, PermissionMissing, VllmdError
+from vllmd.errors import ModelInvalid, PermissionMissing, TryLater, VllmdError
 from vllmd.models import demo
 from vllmd.models.identity import label
 from vllmd.models.lock import private_directory
@@ -118,3 +122,19 @@ def test_pickle_weights_are_refused_before_they_are_fetched(store: Path, model: 
         assert not [each for each in hub.asked if "/resolve/" in each.path]
         assert "model.allow_pickle" in caught.value.hint
         assert fetch(store, hub, allow_pickle=True, skip_integrity_check=True).via == "hf-hub"
+
+
+def test_nobody_is_told_to_stop_an_instance_that_is_none(store: Path, model: Path, tmp_path: Path) -> None:
+    """A resolution by hand, an export, an import hold a model too."""
+    with FakeHub({"acme/Tiny": model}) as hub:
+        served = fetch(store, hub).directory
+    command = [sys.executable, "-c", f"from vllmd.models.store import hold; from pathlib import Path\nwith hold(Path({str(served)!r})): print(flush=True); input()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=Path(__file__).parents[2]) as user:
+        assert user.stdout
+        user.stdout.readline()
+        with pytest.raises(TryLater) as caught:
+            ctl_store.main(["rm", "acme/Tiny", "--yes", "--dir", str(store)], root_paths(tmp_path / "root"))
+        user.communicate(b"\n", timeout=20)
+    assert f"pid {user.pid}" in caught.value.what
+    assert "vllmctl stop" not in caught.value.hint
+    assert served.is_dir()
