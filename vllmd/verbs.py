@@ -81,19 +81,24 @@ def preflight(options: argparse.Namespace, paths: Paths) -> int:
 @contextlib.contextmanager
 def _said(name: str) -> Iterator[Callable[[Progress], None]]:
     """Sentences as lines on stderr; bytes on their way as a bar on a terminal, else each tenth as a line."""
-    from vllmd.ctl_progress import Shown, progress
-
     with contextlib.ExitStack() as bar:
-        show: list[Callable[[Shown], None]] = []
+        show: list[Callable[[Progress], None]] = []
 
         def say(event: Progress) -> None:
             if event.total_bytes:
-                show[:] = show or [bar.enter_context(progress(name))]
-                show[0](Shown(event.phase, event.fraction, event.text))
+                show[:] = show or [_bar(bar, name)]
+                show[0](event)
             elif event.text:
                 print(printable(event.text), file=sys.stderr, flush=True)
 
         yield say
+
+
+def _bar(within: contextlib.ExitStack, name: str) -> Callable[[Progress], None]:
+    from vllmd.ctl_progress import Shown, progress
+
+    show = within.enter_context(progress(name))
+    return lambda event: show(Shown(event.phase, event.fraction, event.text))
 
 
 def _request(prepared: stages.Prepared) -> ModelRequest:

@@ -3,7 +3,6 @@ registered by hand. An engine is imported when it is first asked for."""
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import cache
 
@@ -41,6 +40,8 @@ def names() -> list[str]:
 def _made(name: str) -> Engine:
     factory = _factories.get(name) or _announced().get(name)
     if factory is None:
+        import difflib  # needed for errors only
+
         close = difflib.get_close_matches(name, names(), n=1)
         raise ConfigError(
             "engine_unknown",

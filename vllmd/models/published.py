@@ -16,7 +16,6 @@ from pathlib import Path
 
 from vllmd.errors import ModelInvalid
 from vllmd.models import contents as manifests
-from vllmd.models import durable
 from vllmd.models.contents import Contents
 from vllmd.models.inventory import OWN_FILES
 from vllmd.models.places import is_real_directory, present
@@ -80,10 +79,19 @@ def fault(directory: Path, contents: Contents) -> str:
 def _sizes(directory: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     with contextlib.suppress(FileNotFoundError):  # it is being removed: then files are missing
-        for path in durable.files(directory):
-            status = path.lstat()
-            found[str(path.relative_to(directory))] = status.st_size if stat.S_ISREG(status.st_mode) else -1
+        _measure(directory, "", found)
     return found
+
+
+def _measure(directory: Path, prefix: str, found: dict[str, int]) -> None:
+    """Every start waits for this: no path is made for a file, and nothing imported that only writing needs."""
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                _measure(Path(entry.path), f"{prefix}{entry.name}/", found)
+            else:
+                status = entry.stat(follow_symlinks=False)
+                found[prefix + entry.name] = status.st_size if stat.S_ISREG(status.st_mode) else -1
 
 
 def _some(names: list[str]) -> str:
@@ -119,6 +127,8 @@ def mark_damaged(directory: Path, names: Iterable[str]) -> None:
     wrong = frozenset(names)
     if not wrong or not manifest_name(directory):
         return
+    from vllmd.models import durable
+
     _mark(directory, wrong)
     inodes = {_inode(directory / name) for name in wrong} - {None}
     for other in directories(directory.parent.parent.parent)[:MAX_VERSIONS]:
@@ -150,6 +160,8 @@ def forget_removed(home: Path) -> None:
 
 def forget_damage(directory: Path) -> None:
     """Its files were replaced by good ones. OSError."""
+    from vllmd.models import durable
+
     path = mark_of(directory)
     if present(path):
         path.unlink()
