@@ -116,3 +116,11 @@ def test_a_checksum_of_the_store_is_held_against_the_bytes(tmp_path: Path) -> No
     with S3Server(bucket) as server:
         model, _ = resolved(server.url, tmp_path / "store")
     assert (model.directory / shard.name).read_bytes() == good
+
+
+def test_a_revision_that_the_store_cannot_know_is_warned_of(tmp_path: Path) -> None:
+    said: list[Progress] = []
+    with S3Server(Bucket(demo.make(tmp_path / "uploaded"))) as server:
+        settings = Model(r2_bucket="models", r2_models_prefix="p", r2_endpoint_url=server.url)
+        resolve(tiny_models.request(tmp_path / "store", revision="v1", sources=("r2",)), settings, dict(os.environ), said.append)
+    assert [event.text for event in said if event.level == "warning"] == ["s3://models/p/Tiny/ knows no revisions: what lies there is taken for v1"]

@@ -52,23 +52,34 @@ def test_pauses_double_up_to_five_minutes_within_the_time_allowed(clock: Clock) 
     assert all("no route" in event.text for event in said)
 
 
+MIB = 1 << 20
+
+
 def test_bytes_that_arrive_begin_the_clocks_anew(clock: Clock) -> None:
     patient = Patience(10, 60)
-    patient.saw(Progress("fetch", done_bytes=5, total_bytes=100))
+    patient.saw(Progress("fetch", done_bytes=5 * MIB, total_bytes=100 * MIB))
     clock.now += 59
-    patient.saw(Progress("fetch", done_bytes=6, total_bytes=100))
+    patient.saw(Progress("fetch", done_bytes=6 * MIB, total_bytes=100 * MIB))
     clock.now += 59
     assert not patient.is_over()
-    patient.saw(Progress("fetch", done_bytes=6, total_bytes=100))
-    patient.saw(Progress("verify", done_bytes=60, total_bytes=100))
+    patient.saw(Progress("fetch", done_bytes=6 * MIB, total_bytes=100 * MIB))
+    patient.saw(Progress("verify", done_bytes=60 * MIB, total_bytes=100 * MIB))
     clock.now += 2
+    assert patient.is_over()
+
+
+def test_a_trickle_is_no_progress(clock: Clock) -> None:
+    patient = Patience(10, 60)
+    for second in range(61):
+        patient.saw(Progress("fetch", done_bytes=5 * MIB + second, total_bytes=100 * MIB))
+        clock.now += 1
     assert patient.is_over()
 
 
 def test_what_an_earlier_attempt_left_is_no_progress(clock: Clock) -> None:
     patient = Patience(10, 60)
     clock.now += 59
-    patient.saw(Progress("fetch", done_bytes=50, total_bytes=100))
+    patient.saw(Progress("fetch", done_bytes=50 * MIB, total_bytes=100 * MIB))
     clock.now += 2
     assert patient.is_over()
 

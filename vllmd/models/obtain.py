@@ -118,6 +118,8 @@ def _announce(errand: Errand, listing: Listing, missing: int, adopted: int) -> N
     notes += [f"{amounts.size(kept)} are here from an earlier attempt"] if kept > 0 else []
     what = f"{errand.request.identity} will be downloaded: {amounts.size(missing)} of {amounts.files(len(listing.files))} from {_place(listing)}"
     errand.say(what + (f" ({', '.join(notes)})" if notes else ""))
+    if errand.request.revision and not listing.revision:
+        errand.say(f"{listing.origin} knows no revisions: what lies there is taken for {errand.request.revision}", level="warning")
 
 
 def _place(listing: Listing) -> str:

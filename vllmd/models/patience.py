@@ -11,15 +11,17 @@ from vllmd.models.wire import Progress
 
 LONGEST_PAUSE_S = 300.0
 SAY_AGAIN_S = 10.0
+PROGRESS_BYTES = 1 << 20
+"""Less is no sign of life: a server that trickles a byte a second would be asked for ever."""
 
 
 class Patience:
-    """`first_pause_s` doubles with each wait; both clocks begin anew when bytes of a model arrive."""
+    """`first_pause_s` doubles with each wait; both clocks begin anew with each MiB of a model that arrives."""
 
     def __init__(self, first_pause_s: float, timeout_s: float) -> None:
         self._first_s = first_pause_s
         self._timeout_s = timeout_s
-        self._most_bytes = 0
+        self._most_bytes = -1
         self._begin()
 
     def _begin(self) -> None:
@@ -27,10 +29,13 @@ class Patience:
         self._pause_s = self._first_s
 
     def saw(self, progress: Progress) -> None:
-        if progress.phase == "fetch" and progress.done_bytes > self._most_bytes:
-            if self._most_bytes:  # the first count is what an earlier attempt left
-                self._begin()
+        if progress.phase != "fetch" or not progress.total_bytes:
+            return
+        if self._most_bytes < 0:  # the first count is what an earlier attempt left
             self._most_bytes = progress.done_bytes
+        elif progress.done_bytes - self._most_bytes >= PROGRESS_BYTES:
+            self._most_bytes = progress.done_bytes
+            self._begin()
 
     def is_over(self) -> bool:
         return time.monotonic() - self._since >= self._timeout_s
