@@ -370,6 +370,18 @@ def test_redirected_place_that_expired_is_asked_of_the_source_again(ran: Ran, mo
     assert len(server.seen) == 3
 
 
+def test_refusal_of_a_place_just_redirected_to_is_asked_again(ran: Ran) -> None:
+    files = {MODEL: FILES[MODEL]}
+    with FilesServer(files, script=[status(403)]) as other, FilesServer(files) as server:
+        server.rule = redirect(f"{other.url}/{MODEL}?signature=x")
+        ran.fetch(listing(files), Plain(server.url), replace(LIMITS, connections=1))
+    ran.check(files)
+    with FilesServer(files, script=[status(403)] * 50) as other, FilesServer(files) as server, pytest.raises(SourceUnavailable) as raised:
+        server.rule = redirect(f"{other.url}/{MODEL}?signature=x")
+        ran.fetch(listing({"other": files[MODEL]}), Plain(server.url), replace(LIMITS, connections=1))
+    assert "403" in raised.value.what
+
+
 def test_redirect_on_the_same_host_keeps_the_headers(ran: Ran) -> None:
     files = {MODEL: FILES[MODEL]}
     with FilesServer(files, script=[redirect(f"/{MODEL}?again")]) as server:

@@ -142,6 +142,8 @@ class Worker:
         self._client.keep(answer)
         if status in answers.RETRIED:
             raise Again(f"{asked.host} answered {status}", answers.retry_after(answer.head.headers.get("retry-after", "")))
+        if moved and status == 403:  # a CDN's limit, or a signature of a moment ago; who may have the file was said where it is listed
+            raise Again(f"{asked.host}, where the source leads, answered {status}")
         self._manner.log(f"{part.task.name}: {asked.host} answered {status}")
         raise self._transport.refused(part.task.file, status, body) or answers.final(asked, status, self._manner.origin)
 
