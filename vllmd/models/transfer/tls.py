@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import ssl
 from collections.abc import Mapping
+from pathlib import Path
 
 from vllmd.errors import ConfigError, SourceUnavailable
 
@@ -36,5 +38,21 @@ def context(environ: Mapping[str, str]) -> ssl.SSLContext:
 def refused(host: str, error: ssl.SSLCertVerificationError) -> SourceUnavailable:
     """Asking again at once helps nobody; a person sets the variable, or a proxy's certificate is renewed."""
     what = f"{host} is not trusted: {error.verify_message or 'its certificate could not be verified'}"
+    if not _has_authorities():
+        # In `what`: the status of a start that waits shows no hint, and minimal systems have no authorities.
+        what += "; this host knows no certificate authority at all: is the package ca-certificates installed?"
+        hint = "apt-get install ca-certificates (it fills /etc/ssl/certs), or set SSL_CERT_FILE to a file of certificates in PEM."
+        return SourceUnavailable("no_certificates", what, hint)
     hint = "If a proxy or a private authority signs there, set SSL_CERT_FILE (or AWS_CA_BUNDLE, REQUESTS_CA_BUNDLE) to its certificates; else look who answers, and at this host's clock."
     return SourceUnavailable("certificate_refused", what, hint)
+
+
+def _has_authorities() -> bool:
+    """Whether there is anything where OpenSSL looks, or a person named a bundle."""
+    if any(os.environ.get(name) for name in BUNDLES):
+        return True
+    paths = ssl.get_default_verify_paths()
+    try:
+        return paths.cafile is not None or (paths.capath is not None and any(Path(paths.capath).iterdir()))
+    except OSError:
+        return False
