@@ -376,9 +376,10 @@ def test_refusal_of_a_place_just_redirected_to_is_asked_again(ran: Ran) -> None:
         server.rule = redirect(f"{other.url}/{MODEL}?signature=x")
         ran.fetch(listing(files), Plain(server.url), replace(LIMITS, connections=1))
     ran.check(files)
-    with FilesServer(files, script=[status(403)] * 50) as other, FilesServer(files) as server, pytest.raises(SourceUnavailable) as raised:
+    with FilesServer(files, script=[status(403)] * 50) as other, FilesServer(files) as server:
         server.rule = redirect(f"{other.url}/{MODEL}?signature=x")
-        ran.fetch(listing({"other": files[MODEL]}), Plain(server.url), replace(LIMITS, connections=1))
+        with pytest.raises(SourceUnavailable) as raised:
+            ran.fetch(listing({"other": files[MODEL]}), Plain(server.url), replace(LIMITS, connections=1))
     assert "403" in raised.value.what
 
 

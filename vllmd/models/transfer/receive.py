@@ -134,9 +134,9 @@ class Receiver:
 
 
 def _path(fd: int, name: str) -> str:
-    """Where that is: which disk is full is what an operator must know."""
+    """The file and where it is: which disk is full is what an operator must know."""
     try:
-        return os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115 - no path of a file system
+        return f"{name} to {os.readlink(f'/proc/self/fd/{fd}')}"  # noqa: PTH115 - no path of a file system
     except OSError:
         return name
 
