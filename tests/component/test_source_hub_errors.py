@@ -327,6 +327,17 @@ def test_a_mirror_with_a_certificate_of_its_own(hub: FakeHub, tmp_path: Path, mo
                 assert isinstance(find(secure.url, hf_token=TOKEN), Offered)
 
 
+def test_host_without_certificate_authorities(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where ca-certificates is not installed: the words of OpenSSL alone are a riddle."""
+    (tmp_path / "none").mkdir()
+    monkeypatch.setenv("SSL_CERT_DIR", str(tmp_path / "none"))
+    monkeypatch.setenv("SSL_CERT_FILE", "")
+    with FakeHub({"acme/Tiny": FILES}, certificate=_certificate(tmp_path / "server.pem")) as secure:
+        error = failure(SourceUnavailable, secure.url)
+    assert error.code == "no_certificates"
+    assert "ca-certificates" in error.what
+
+
 def _certificate(path: Path) -> Path:
     """Signed by itself, for 127.0.0.1; the key in the same file."""
     key = ec.generate_private_key(ec.SECP256R1())

@@ -242,7 +242,7 @@ def _outlast(host: Host, hub: FakeHub, *, seconds: float, **model: Any) -> None:
     wait_for(lambda: time.monotonic() - began >= seconds, seconds + 1, "the timeout of the unit has passed", 0.5)
     assert host.unit(name)["SubState"] == "start", host.log(name)
     down.clear()
-    unit = host.wait_unit(name, 60, ActiveState="active")
+    unit = host.wait_unit(name, 30 + 2 * seconds, ActiveState="active")  # pauses have grown as long as the outage was
     assert (unit["NRestarts"], unit["InvocationID"]) == ("0", activation)
 
 
