@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import procs
 from tests.component.downloads import LIMITS, Plain, Ran, listing, noise
 from tests.fakes.files_server import Content, Exchange, FilesServer, Zeros, status
 from vllmd.errors import ModelNotFound
@@ -68,12 +69,24 @@ def kill_at_random(store: Path, server: FilesServer, listed: Listing, kills: int
     return sum(high - low for ranges in kept(store).values() for low, high in ranges)
 
 
+def settled(server: FilesServer) -> int:
+    """Bytes served, when the threads that served a killed client have noticed."""
+    counts = [-1]
+
+    def is_still() -> bool:
+        counts.append(sum(server.served.values()))
+        return counts[-1] == counts[-2]
+
+    procs.wait_until("nobody is served any more", is_still, 10, every_s=0.3)
+    return counts[-1]
+
+
 def test_killed_at_random_moments_it_fetches_no_byte_twice_that_it_noted(ran: Ran) -> None:
     listed = listing(FILES)
     with FilesServer(FILES) as server:
         there = kill_at_random(ran.store, server, listed, 10, seed=os.getpid())
         assert there > 1_000_000
-        before, served = kept(ran.store), sum(server.served.values())
+        before, served = kept(ran.store), settled(server)
         remaining = Stage.open(ran.store, "tiny", listed).remaining_bytes(listed)
         assert remaining == listed.bytes - sum(high - low for ranges in before.values() for low, high in ranges)
         ran.fetch(listed, Plain(server.url))
