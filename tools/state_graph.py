@@ -44,7 +44,8 @@ def graph() -> str:
     lines = ["```mermaid", "stateDiagram-v2", f"    [*] --> {State.CREATED}"]
     for (before, after), names in edges().items():
         plain = [name for name in names if name not in ENDING]
-        label = ", ".join(plain + (["any failure"] if len(plain) < len(names) else []))
+        failing = ["a bug of ours"] if names == ["Faulted"] else ["any failure"]
+        label = ", ".join(plain + (failing if len(plain) < len(names) else []))
         lines.append(f"    {before} --> {after}: {label}")
     return "\n".join([*lines, f"    {State.STOPPED} --> [*]", "```"])
 

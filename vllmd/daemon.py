@@ -156,6 +156,8 @@ class Daemon:
                 self._stopping()
             case ev.TerminateEngine(during_start):
                 self._task("drain", self._drain(during_start=during_start))
+            case ev.GatherEvidence(failure):
+                self._task("evidence", self._examine(failure))
             case ev.KillTree():
                 self._task("kill", self._kill())
             case ev.RecordFailure(failure):
@@ -259,6 +261,10 @@ class Daemon:
         await asyncio.sleep(deadlines.start_grace_s if during_start else deadlines.drain_s)
         self.post(ev.DrainExpired())
 
+    async def _examine(self, failure: ev.Failure) -> None:
+        self._cancel("probe", "watch", "drain")
+        self.post(ev.EvidenceGathered(failure))
+
     async def _kill(self) -> None:
         began = time.monotonic()
         await self._end_stages()
@@ -321,6 +327,9 @@ class Daemon:
         try:
             await work
         except VllmdError as error:
+            if name == "evidence":  # nothing that a collector meets may keep the instance from ending
+                self.post(ev.Faulted(record.failure_of(error)))
+                return
             if name in STAGE_EVENTS:
                 self.journal.event(STAGE_EVENTS[name], error.what, priority=3, hint=error.hint)
             self.post(ev.StageFailed(record.failure_of(error)))

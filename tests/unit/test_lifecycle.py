@@ -15,6 +15,7 @@ from vllmd.core.lifecycle import IGNORED, TABLE, Impossible, Life, State, classi
 pytestmark = pytest.mark.unit
 
 LOST = ev.Failure("lost", "it is lost", "find it", 70)
+NAMED = ev.Failure("cuda_out_of_memory", "it is lost: no memory on the GPU", "lower it", 70)
 UNKILLABLE = ev.Failure("unkillable", "pid 7 is in D state", "reboot", 75)
 SAMPLES: list[ev.Event] = [
     ev.Begun(selected=True),
@@ -28,6 +29,7 @@ SAMPLES: list[ev.Event] = [
     ev.EngineExited(LOST),
     ev.VerdictReached(LOST),
     ev.StartExpired(LOST),
+    ev.EvidenceGathered(NAMED),
     ev.StopRequested("signal"),
     ev.StopRequested("group"),
     ev.ReloadRequested(),
@@ -165,9 +167,41 @@ def test_a_stop_that_was_asked_for_exits_0_whatever_the_engine_says() -> None:
 
 
 def test_an_engine_that_exits_by_itself_is_a_failure() -> None:
-    life, effects = walk([*START, ev.EngineExited(LOST), ev.TreeEmptied()])
+    life, effects = walk([*START, ev.EngineExited(LOST), ev.EvidenceGathered(LOST), ev.TreeEmptied()])
     assert effects[-1] == ev.Finish(70)
     assert life.failure == LOST
+
+
+def test_evidence_is_gathered_before_the_kill_and_names_the_cause() -> None:
+    life, effects = walk([*START, ev.VerdictReached(LOST)])
+    assert life.state is State.EXAMINING
+    assert effects[-2:] == [ev.TellStopping(), ev.GatherEvidence(LOST)]
+    life, effects = walk([ev.EvidenceGathered(NAMED)], life)
+    assert life.state is State.KILLING
+    assert effects == [ev.RecordFailure(NAMED), ev.KillTree()]
+    assert life.failure == NAMED
+
+
+@pytest.mark.parametrize("event", [ev.StageFailed(LOST), ev.EngineExited(LOST), ev.StartExpired(LOST)])
+def test_a_failure_of_a_running_engine_is_examined_also_during_its_start(event: ev.Event) -> None:
+    for path in (START[:5], [each for each in START if not isinstance(each, ev.ModelVerified)]):
+        life, _ = walk([*path, event])
+        assert life.state is State.EXAMINING
+
+
+def test_while_examined_a_second_failure_changes_nothing() -> None:
+    examined, _ = walk([*START, ev.VerdictReached(LOST)])
+    for event in (ev.EngineExited(UNKILLABLE), ev.VerdictReached(UNKILLABLE), ev.StageFailed(UNKILLABLE), ev.StartExpired(UNKILLABLE)):
+        assert step(examined, event) == (examined, ())
+
+
+@pytest.mark.parametrize("event", [ev.StopRequested("signal"), ev.Faulted(UNKILLABLE)])
+def test_a_stop_or_a_bug_ends_the_examination_and_keeps_the_reason(event: ev.Event) -> None:
+    life, effects = walk([event], walk([*START, ev.VerdictReached(LOST)])[0])
+    assert life.state is State.KILLING
+    assert effects == [ev.RecordFailure(LOST), ev.KillTree()]
+    # the evidence that was on its way comes late
+    assert step(life, ev.EvidenceGathered(NAMED)) == (life, ())
 
 
 def test_unkillable_after_a_stop_exits_75_and_is_recorded() -> None:
@@ -176,7 +210,7 @@ def test_unkillable_after_a_stop_exits_75_and_is_recorded() -> None:
 
 
 def test_the_first_failure_stays_the_reason() -> None:
-    life, effects = walk([*START, ev.VerdictReached(LOST), ev.EngineExited(UNKILLABLE), ev.KillExpired(UNKILLABLE)])
+    life, effects = walk([*START, ev.VerdictReached(LOST), ev.EngineExited(UNKILLABLE), ev.EvidenceGathered(LOST), ev.KillExpired(UNKILLABLE)])
     assert life.failure == LOST
     assert [e.failure for e in effects if isinstance(e, ev.RecordFailure)] == [LOST]
     assert effects[-1] == ev.Finish(75)
@@ -187,8 +221,10 @@ def test_stopping_is_told_before_any_teardown() -> None:
         for event in legal(life):
             _, effects = step(life, event)
             kinds = [type(effect) for effect in effects]
-            if ev.KillTree in kinds and life.state not in {State.DRAINING, State.KILLING}:
+            if ev.KillTree in kinds and life.state not in {State.DRAINING, State.EXAMINING, State.KILLING}:
                 assert kinds[0] is ev.TellStopping, (life, event)
+            if ev.GatherEvidence in kinds:
+                assert kinds == [ev.TellStopping, ev.GatherEvidence]
 
 
 def test_interrupted_at_any_effect_a_stop_is_still_legal() -> None:

@@ -80,6 +80,13 @@ class StartExpired:
 
 
 @dataclass(frozen=True, slots=True)
+class EvidenceGathered:
+    """What the failure left is written down. `failure`: the same one, its cause named from the evidence."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
 class StopRequested:
     """By a signal, or by the group that the instance is part of (several hosts serving one model)."""
 
@@ -126,6 +133,7 @@ Event = (
     | EngineExited
     | VerdictReached
     | StartExpired
+    | EvidenceGathered
     | StopRequested
     | ReloadRequested
     | DrainExpired
@@ -183,6 +191,13 @@ class TerminateEngine:
 
 
 @dataclass(frozen=True, slots=True)
+class GatherEvidence:
+    """Look at what is about to be killed, within seconds; EvidenceGathered when done, whatever was found."""
+
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True)
 class KillTree:
     """End every stage in flight and every process of the launch; arms the kill's deadline; TreeEmptied when done."""
 
@@ -215,6 +230,7 @@ Effect = (
     | WatchEngine
     | TellStopping
     | TerminateEngine
+    | GatherEvidence
     | KillTree
     | RecordFailure
     | ReloadConfiguration

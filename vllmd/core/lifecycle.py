@@ -25,13 +25,15 @@ class State(StrEnum):
     PROVEN = "proven"
     READY = "ready"
     DRAINING = "draining"
+    EXAMINING = "examining"
     KILLING = "killing"
     STOPPED = "stopped"
 
 
 @dataclass(frozen=True, slots=True)
 class Life:
-    """Where an instance is. `verified`: the model's bytes are; `failure`: why it ends, the first one; never replaced."""
+    """Where an instance is. `verified`: the model's bytes are; `failure`: why it ends, the first one; no later one
+    replaces it, only the evidence names its cause."""
 
     state: State = State.CREATED
     verified: bool = False
@@ -78,6 +80,22 @@ def _fail(life: Life, event: ev.StageFailed | ev.EngineExited | ev.VerdictReache
     # STOPPING=1 first: it disarms systemd's watchdog, so that a long teardown keeps its own exit status.
     failed = replace(life, state=State.KILLING, failure=event.failure)
     return failed, (ev.TellStopping(), ev.RecordFailure(event.failure), ev.KillTree())
+
+
+def _examine(life: Life, event: ev.StageFailed | ev.EngineExited | ev.VerdictReached | ev.StartExpired) -> Outcome:
+    # Whoever kills first has nothing left to look at: a hung process has its stacks only while it lives.
+    examined = replace(life, state=State.EXAMINING, failure=event.failure)
+    return examined, (ev.TellStopping(), ev.GatherEvidence(event.failure))
+
+
+def _examined(life: Life, event: ev.EvidenceGathered) -> Outcome:
+    return replace(life, state=State.KILLING, failure=event.failure), (ev.RecordFailure(event.failure), ev.KillTree())
+
+
+def _unexamined(life: Life, event: ev.StopRequested | ev.Faulted) -> Outcome:
+    """Nobody waits for the evidence any more; what failed first stays the reason."""
+    failure = life.failure or ev.Failure("bug", f"{type(event).__name__} while nothing had failed", "", 70)
+    return replace(life, state=State.KILLING, failure=failure), (ev.RecordFailure(failure), ev.KillTree())
 
 
 def _end(life: Life, _event: ev.TreeEmptied) -> Outcome:
@@ -129,33 +147,37 @@ TABLE: dict[tuple[State, type], Rule] = {
     #
     (S.STARTING, ev.ModelVerified): _verified,
     (S.STARTING, ev.ProofPassed): _proven,
-    (S.STARTING, ev.StageFailed): _fail,
-    (S.STARTING, ev.EngineExited): _fail,
-    (S.STARTING, ev.StartExpired): _fail,
+    (S.STARTING, ev.StageFailed): _examine,
+    (S.STARTING, ev.EngineExited): _examine,
+    (S.STARTING, ev.StartExpired): _examine,
     (S.STARTING, ev.StopRequested): _DRAIN_START,
     (S.STARTING, ev.ReloadRequested): _reload,
     #
     (S.PROVEN, ev.ModelVerified): _verified_last,
-    (S.PROVEN, ev.StageFailed): _fail,
-    (S.PROVEN, ev.EngineExited): _fail,
-    (S.PROVEN, ev.StartExpired): _fail,
+    (S.PROVEN, ev.StageFailed): _examine,
+    (S.PROVEN, ev.EngineExited): _examine,
+    (S.PROVEN, ev.StartExpired): _examine,
     (S.PROVEN, ev.StopRequested): _DRAIN,
     (S.PROVEN, ev.ReloadRequested): _reload,
     #
-    (S.READY, ev.EngineExited): _fail,
-    (S.READY, ev.VerdictReached): _fail,
+    (S.READY, ev.EngineExited): _examine,
+    (S.READY, ev.VerdictReached): _examine,
     (S.READY, ev.StopRequested): _DRAIN,
     (S.READY, ev.ReloadRequested): _reload,
     #
     (S.DRAINING, ev.EngineExited): _KILL,
     (S.DRAINING, ev.DrainExpired): _KILL,
     #
+    (S.EXAMINING, ev.EvidenceGathered): _examined,
+    (S.EXAMINING, ev.StopRequested): _unexamined,
+    (S.EXAMINING, ev.Faulted): _unexamined,
+    #
     (S.KILLING, ev.TreeEmptied): _end,
     (S.KILLING, ev.KillExpired): _unkillable,
     # A stop can overtake a spawn that is under way: what has appeared since the kill is killed too.
     (S.KILLING, ev.EngineSpawned): _KILL,
     #
-    **{(state, ev.Faulted): _fail for state in State if state not in {S.KILLING, S.STOPPED}},
+    **{(state, ev.Faulted): _fail for state in State if state not in {S.EXAMINING, S.KILLING, S.STOPPED}},
 }
 
 _LATE = (ev.PreflightPassed, ev.ModelResolved, ev.ModelVerified, ev.EngineSpawned, ev.ProofPassed, ev.StageFailed,
@@ -170,6 +192,9 @@ IGNORED: frozenset[tuple[State, type]] = frozenset(
         (S.READY, ev.ProofPassed),
         (S.PROVEN, ev.ProofPassed),
         *((S.DRAINING, late) for late in _LATE if (S.DRAINING, late) not in TABLE),
+        *((S.EXAMINING, late) for late in _LATE if (S.EXAMINING, late) not in TABLE),
+        (S.KILLING, ev.EvidenceGathered),
+        (S.STOPPED, ev.EvidenceGathered),
         *((S.KILLING, late) for late in _LATE if (S.KILLING, late) not in TABLE),
         *((S.STOPPED, late) for late in (*_LATE, ev.TreeEmptied, ev.KillExpired)),
     }

@@ -138,7 +138,7 @@ class Board:
         """STATUS=: one line that a person reads in `systemctl status`."""
         document = self.document
         error = document["error"]
-        if error and document["state"] in {"killing", "stopped"}:
+        if error and document["state"] in {"examining", "killing", "stopped"}:
             return f"Failed: {error['what']}" + (f" ({error['hint']})" if error["hint"] else "")
         served = (document["model"] or {}).get("served_name", "")
         match document["state"]:
