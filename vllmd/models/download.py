@@ -165,7 +165,7 @@ class _Fetch:
         with task.lock:
             task.done.add(begin, end)
         self._meter.moved(end - begin)
-        if task.file.size > SMALL_BYTES:
+        if task.file.size > SMALL_BYTES and (self._limits.hashes or task.is_fetched):
             self._hashers.came(task)
 
     def _landed(self, task: Task, buffer: memoryview) -> None:

@@ -82,8 +82,8 @@ class Connection:
         finally:
             self._waits_since = 0.0
 
-    def still_waiting(self, now: float) -> None:
-        """A byte came, and more are waited for."""
+    def waits_since(self, now: float) -> None:
+        """The same without a block, for loops: a byte came, and more are waited for; 0 for not any more."""
         self._waits_since = now
 
     def abort(self, reason: str) -> None:

@@ -18,7 +18,7 @@ from vllmd.models.transfer.ranges import Ranges
 
 MIN_PART_BYTES = 16 << 20
 MAX_PART_BYTES = 256 << 20
-PART_SHARE = 8
+PART_SHARE = 2
 
 
 @dataclass(slots=True, eq=False)
