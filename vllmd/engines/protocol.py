@@ -105,3 +105,11 @@ class Preparing(Protocol):
     def prepare(self, context: Context, directory: Path) -> tuple[Path, str]:
         """The directory to serve (the model's own, or one of links to it below paths.cache), and a sentence for the
         journal ('' where there is nothing to say). Called in a thread right before the launch; OSError."""
+
+
+@runtime_checkable
+class Counting(Protocol):
+    """An engine that knows how many GPUs it will use of those that it sees."""
+
+    def devices(self, context: Context) -> int:
+        """On this host; 0 where it cannot be told."""

@@ -94,6 +94,9 @@ class Vllm:
         except (TypeError, ValueError):
             return _DEFAULT_MEMORY_FRACTION
 
+    def devices(self, context: Context) -> int:
+        return vllm_check.devices(context)
+
     def read_line(self, line: str) -> LogFact:
         return vllm_logs.read_line(line)
 

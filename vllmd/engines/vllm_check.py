@@ -156,10 +156,7 @@ def _refuse_gpu_count(context: Context) -> None:
     if isinstance(gpus, str):
         return
     count = gpus if isinstance(gpus, int) else len(gpus)
-    given = arguments(context)
-    nodes = _count(given.get("nnodes"), 1)
-    data = _count(given.get("data-parallel-size-local"), tuning.data_parallel_size)
-    product = tuning.tensor_parallel_size * tuning.pipeline_parallel_size * data
+    product, nodes, data = _world(context)
     if product != count * nodes:
         sizes = (
             f"tensor {tuning.tensor_parallel_size} x pipeline {tuning.pipeline_parallel_size} x data {data} = {product}"
@@ -171,6 +168,19 @@ def _refuse_gpu_count(context: Context) -> None:
             f"{wanted}, but {sizes}",
             "make serve.tensor_parallel_size (or gpus) fit: the product must equal the number of GPUs",
         )
+
+
+def _world(context: Context) -> tuple[int, int, int]:
+    """(GPUs that it will use on all hosts, hosts, data parallel ranks)."""
+    given, tuning = arguments(context), context.config.tuning
+    data = _count(given.get("data-parallel-size-local"), tuning.data_parallel_size)
+    return tuning.tensor_parallel_size * tuning.pipeline_parallel_size * data, _count(given.get("nnodes"), 1), data
+
+
+def devices(context: Context) -> int:
+    """GPUs that it will use on this host, rounded up."""
+    product, nodes, _ = _world(context)
+    return -(-product // nodes)
 
 
 def _refuse_pickle(context: Context) -> None:

@@ -8,6 +8,7 @@ waits with a deadline. Each stage is announced before it is entered; the last an
     {"done": true}
 
 The cascade: libcuda (is there a driver, has it devices), then the figures by NVML, else by nvidia-smi, else skipped.
+With --memory libcuda is left out, and who has the memory, and MIG devices, are looked up too: what the gates around a launch want.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ def say(**words: Any) -> None:
 
 
 def main() -> int:
-    say(stage="libcuda")
-    say(cuda=read_cuda())
+    if "--memory" not in sys.argv:
+        say(stage="libcuda")
+        say(cuda=read_cuda())
     for stage, read in (("nvml", read_nvml), ("nvidia-smi", read_nvidia_smi)):
         say(stage=stage)
         found = read()
@@ -111,7 +113,36 @@ def _nvml_gpu(nvml: Any, index: int, driver: str) -> dict[str, Any]:
         action = ask(lambda: _recovery_action(nvml, handle))
         if action in _RECOVERY:
             gpu.setdefault("lost", _RECOVERY[action])
+        if "--memory" in sys.argv and "lost" not in gpu:
+            gpu["processes"] = _processes(nvml, handle, ask)
+            gpu["mig"] = _slices(nvml, handle, ask)
     return {key: value for key, value in gpu.items() if value is not None}
+
+
+_PROCESSES = 256
+"""More than this have no place in a message."""
+
+
+def _processes(nvml: Any, handle: Any, ask: Callable[[Callable[[], Any]], Any]) -> list[dict[str, Any]]:
+    """Whoever has memory of it, for computing or for drawing; `used_mib` is missing where the driver does not say it."""
+    found: dict[int, dict[str, Any]] = {}
+    for read in ("nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"):
+        for each in ask(lambda read=read: getattr(nvml, read)(handle)) or ():  # type: ignore[misc]
+            found[each.pid] = {"pid": each.pid} | ({"used_mib": each.usedGpuMemory >> 20} if each.usedGpuMemory else {})
+    return list(found.values())[:_PROCESSES]
+
+
+def _slices(nvml: Any, handle: Any, ask: Callable[[Callable[[], Any]], Any]) -> list[dict[str, Any]]:
+    """Its MIG devices; none where the mode is off, which is an error of the driver's to ask for."""
+    mode = ask(lambda: nvml.nvmlDeviceGetMigMode(handle)[0])
+    found = []
+    for index in range(ask(lambda: nvml.nvmlDeviceGetMaxMigDeviceCount(handle)) or 0) if mode else ():
+        part = ask(lambda index=index: nvml.nvmlDeviceGetMigDeviceHandleByIndex(handle, index))  # type: ignore[misc]
+        if part is not None and (uuid := _text(ask(lambda part=part: nvml.nvmlDeviceGetUUID(part)))):  # type: ignore[misc]
+            memory = ask(lambda part=part: nvml.nvmlDeviceGetMemoryInfo(part))  # type: ignore[misc]
+            figures = {"memory_total_mib": memory.total >> 20, "memory_free_mib": memory.free >> 20} if memory else {}
+            found.append({"uuid": uuid, **figures})
+    return found
 
 
 def _recovery_action(nvml: Any, handle: Any) -> int:

@@ -80,13 +80,17 @@ def check(request: GpuRequest, memory: gates.Memory = "free") -> GpuResult:
 
 def read(timeout_s: float) -> Findings:
     """Ask the driver, in a child that is left behind when it hangs."""
-    environ = _environ() | {"PYTHONPATH": os.pathsep.join([_package_home(), *filter(None, sys.path)])}
     # -P: a file in the current directory must not pose as one of our modules.
-    outcome = child.run([sys.executable, "-P", "-m", "vllmd.gpu.probe"], timeout_s=timeout_s, environ=environ)
+    outcome = child.run([sys.executable, "-P", "-m", "vllmd.gpu.probe"], timeout_s=timeout_s, environ=child_environ())
     found = parse(outcome.output, timed_out=outcome.timed_out)
     if outcome.status:
         found = replace(found, notes=(*found.notes, f"the GPU probe ended with status {outcome.status}"))
     return found
+
+
+def child_environ() -> dict[str, str]:
+    """Of a child of ours that asks the driver: where the libraries are, and where our modules are."""
+    return _environ() | {"PYTHONPATH": os.pathsep.join([_package_home(), *filter(None, sys.path)])}
 
 
 def _package_home() -> str:
@@ -101,7 +105,7 @@ def _environ() -> dict[str, str]:
 def parse(output: str, *, timed_out: bool) -> Findings:
     """The child's lines as facts. Lines that make no sense are passed over."""
     found, stage, done = Findings(), "start", False
-    for line in _objects(output):
+    for line in objects(output):
         stage = str(line.get("stage", stage))
         done = done or bool(line.get("done"))
         if isinstance(cuda := line.get("cuda"), dict):
@@ -114,7 +118,7 @@ def parse(output: str, *, timed_out: bool) -> Findings:
     return replace(found, hung_in=stage) if timed_out and not done else found
 
 
-def _objects(output: str) -> Iterator[Mapping[str, Any]]:
+def objects(output: str) -> Iterator[Mapping[str, Any]]:
     for line in output.splitlines():
         try:
             value = json.loads(line)
