@@ -1,0 +1,117 @@
+"""What is seen of a running engine: a reading of its figures, one rank of it over time, and how long its server is silent.
+
+The parts that core/liveness judges. Time during which nothing could be read counts for nobody. Nothing here has a clock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+Outcome = Literal["ok", "absent", "sleeping", "503", "error", "invalid", "refused", "timeout", "reset"]
+"""Of one reading. `absent`: answered, and this engine shows no heartbeat. `error`: another status than 200 and 503."""
+BUSY_CORES = 0.2
+"""A server that computes less than this share of a core while it answers nobody does not compute."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What one data-parallel rank shows, added up over API servers. `beats` is the count of its iterations; `others` any
+    further figures that only move when it works: a prompt in chunks has iterations without output, which vLLM counts
+    nowhere, but the share of the KV cache in use grows with each. `succeeded`: requests that ended well."""
+
+    beats: float
+    running: float = 0.0
+    waiting: float = 0.0
+    succeeded: float = 0.0
+    others: tuple[float, ...] = ()
+
+    @property
+    def has_work(self) -> bool:
+        return self.running + self.waiting > 0
+
+    @property
+    def figures(self) -> tuple[float, ...]:
+        return (self.beats, self.running, self.waiting, self.succeeded, *self.others)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One reading: asked when, over when. `front_cpu_s` is the CPU time of the processes that answer, so far; `stopped`:
+    the kernel says that they are (state T). Both are looked at only where nobody answered."""
+
+    asked_at: float
+    at: float
+    outcome: Outcome
+    ranks: Mapping[str, Rank] = field(default_factory=dict)
+    front_cpu_s: float = 0.0
+    stopped: bool = False
+
+
+@dataclass(slots=True)
+class Canary:
+    """A proof of life on its way, or one that was not answered in time (`expired_at`) and waits for the next reading."""
+
+    asked_at: float
+    moved: bool = False
+    worked: bool = False
+    expired_at: float | None = None
+
+
+@dataclass(slots=True)
+class Pulse:
+    """One rank over time. `still_s`: how long it was seen standing still with work to do; `proof_at`: when real requests, or a
+    proof of life, last showed that it computes."""
+
+    rank: Rank
+    at: float
+    proof_at: float
+    still_s: float = 0.0
+    contiguous: bool = True
+    moved: bool = False
+    canary: Canary | None = None
+    next_canary_at: float = 0.0
+    failed: int = 0
+
+    def take(self, rank: Rank, at: float) -> None:
+        old, self.rank = self.rank, rank
+        if rank.beats < old.beats or rank.succeeded < old.succeeded:  # a counter that began anew says nothing about before
+            self.still_s, self.proof_at = 0.0, at
+        elif rank.figures != old.figures:
+            self._move(old, rank, at)
+        elif rank.has_work and self.contiguous:
+            self.still_s += at - self.at
+        elif not rank.has_work:
+            self.still_s = 0.0
+        self.at, self.contiguous = at, True
+        if self.canary is not None:
+            self.canary.worked |= rank.has_work or rank.succeeded > old.succeeded
+
+    def _move(self, old: Rank, rank: Rank, at: float) -> None:
+        self.still_s = 0.0
+        if self.canary is not None:
+            self.canary.moved = True
+        # Figures that move without any request prove nothing.
+        if rank.succeeded > old.succeeded or (rank.has_work or old.has_work):
+            self.proof_at, self.failed = at, 0
+            self.moved |= rank.beats > old.beats
+
+    def rebase(self, at: float) -> None:
+        self.still_s, self.contiguous, self.canary, self.proof_at, self.failed = 0.0, False, None, at, 0
+
+
+@dataclass(slots=True)
+class Silence:
+    """Since when nobody answered; `quiet_since`: since when they did not compute either."""
+
+    since: float
+    quiet_since: float
+    cpu_s: float
+    at: float
+
+    def take(self, sample: Sample) -> None:
+        span = sample.at - self.at
+        if span > 0 and not sample.stopped and (sample.front_cpu_s - self.cpu_s) / span >= BUSY_CORES:
+            self.quiet_since = sample.at
+        self.cpu_s, self.at = sample.front_cpu_s, sample.at
