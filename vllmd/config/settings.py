@@ -143,6 +143,7 @@ class Preflight:
     skip_gpu_check: bool = setting(False, p.boolean01, "VLLM_SKIP_GPU_CHECK", "Skip the GPU check.")
     require_torch: bool = setting(False, p.boolean01, "VLLM_REQUIRE_TORCH", "Require that the engine's Python imports torch and sees CUDA.")
     gpu_timeout_s: float = setting(45.0, p.seconds(low=1), "VLLMD_GPU_TIMEOUT_S", "Deadline of the GPU check; a wedged driver can block for ever.", unit="s")
+    gpu_wait_s: float = setting(30.0, p.seconds(low=0), "VLLMD_GPU_WAIT_S", "How long a start waits for GPUs that another instance holds, and for memory that is being given back.", unit="s")
     allow_kill_other_uid: bool = setting(
         False, p.boolean01, "VLLM_ALLOW_KILL_OTHER_UID", "Let vllm-preflight stop another user's vLLM.", aliases={"VLLM_ALLOW_OTHER_UID_KILL": _same}
     )
@@ -207,6 +208,7 @@ class Config:
     log: Log
     tuning: Any
     gpus: str | int | tuple[str, ...] = setting("all", p.gpus, "VLLMD_GPUS", "GPUs of the instance: all, none, a number, or a list of indices, UUIDs or MIG ids.", aliases={"VLLM_GPU_DEVICES": p.as_gpu_list})
+    gpus_shared: bool = setting(False, p.boolean, "VLLMD_GPUS_SHARED", "Whether other instances that say so too may use the same GPUs at the same time (lower serve.gpu_memory_utilization in each).")
 
 
 def rows(section: type[Any], prefix: str) -> list[tuple[str, str, Any, Setting]]:
