@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
 from vllmd.core.plan import Command, Endpoint, Installed
+from vllmd.core.pulse import Outcome, Rank
 from vllmd.errors import ConfigError
 
 
@@ -113,3 +114,27 @@ class Counting(Protocol):
 
     def devices(self, context: Context) -> int:
         """On this host; 0 where it cannot be told."""
+
+
+class Reading(Protocol):
+    """One reading of an engine's heartbeat, fed with the body of the answer as it comes. Never raises."""
+
+    def feed(self, data: bytes) -> None: ...
+
+    def result(self) -> tuple[Outcome, Mapping[str, Rank]]:
+        """`ok` with the figures of each rank, or `absent`, `sleeping`, `invalid`."""
+
+
+@runtime_checkable
+class Beating(Protocol):
+    """An engine whose progress can be read without asking it for work. One that is not Beating is watched by /health, and
+    by proofs of life alone."""
+
+    heartbeat_path: str
+    heartbeat_limit_bytes: int
+
+    def heartbeat(self) -> Reading:
+        """For one answer of `heartbeat_path`."""
+
+    def addressed(self, request: ProofRequest, rank: str) -> ProofRequest:
+        """The same request for that rank alone, where the engine can be told; else as it is."""

@@ -19,6 +19,7 @@ from vllmd.engines import (
     vllm_check,
     vllm_config_file,
     vllm_flags,
+    vllm_heartbeat,
     vllm_host,
     vllm_logs,
     vllm_proof,
@@ -39,6 +40,8 @@ class Vllm:
     health_path = "/health"
     phases: Sequence[str] = vllm_logs.PHASES
     artifact = "huggingface"
+    heartbeat_path = "/metrics"
+    heartbeat_limit_bytes = vllm_heartbeat.LIMIT_BYTES
 
     def installed(self, config: Config, paths: Paths, environ: Mapping[str, str]) -> Installed:
         return record.describe(_executable(config, paths, environ))
@@ -99,6 +102,12 @@ class Vllm:
 
     def read_line(self, line: str) -> LogFact:
         return vllm_logs.read_line(line)
+
+    def heartbeat(self) -> vllm_heartbeat.Reading:
+        return vllm_heartbeat.Reading()
+
+    def addressed(self, request: ProofRequest, rank: str) -> ProofRequest:
+        return vllm_heartbeat.addressed(request, rank)
 
 
 def served_name(config: Config) -> str:
