@@ -14,6 +14,7 @@ from dataclasses import MISSING, dataclass, field, fields
 from typing import Any
 
 from vllmd.config import parsers as p
+from vllmd.config.detectors import DETECTORS
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +183,14 @@ class Watch:
 
     interval_s: float = setting(5.0, p.seconds(above=0), "VLLMD_WATCH_INTERVAL_S", "Interval of asking /health of a ready engine.", unit="s", restart=False)
     request_timeout_s: float = setting(5.0, p.seconds(above=0), "VLLMD_WATCH_TIMEOUT_S", "Deadline of that question; a slow answer never ends an instance.", unit="s", restart=False)
-    failures: int = setting(3, p.integer(low=1), "VLLMD_WATCH_FAILURES", "Explicit refusals (503, or nobody listening) in a row that end the instance.", restart=False)
+    failures: int = setting(3, p.integer(low=1), "VLLMD_WATCH_FAILURES", "Explicit refusals (503, or nobody listening), or failed proofs of life, in a row that end the instance.", restart=False)
+    heartbeat_interval_s: float = setting(1.0, p.seconds(above=0), "VLLMD_HEARTBEAT_INTERVAL_S", "Interval of reading the heartbeat while there is work; else it is interval_s.", unit="s", restart=False)
+    hang_timeout_s: float = setting(60.0, p.seconds(low=0), "VLLMD_HANG_TIMEOUT_S", "An engine with work whose heartbeat stands still for this long is hung; so is a server that answers nothing for this long and uses no CPU. 0: never.", unit="s", restart=False)
+    first_request_timeout_s: float = setting(300.0, p.seconds(above=0), "VLLMD_FIRST_REQUEST_TIMEOUT_S", "The same, until the engine has been seen moving: a first request may compile.", unit="s", restart=False)
+    silent_timeout_s: float = setting(600.0, p.seconds(above=0), "VLLMD_SILENT_TIMEOUT_S", "A server that answers nothing for this long is hung, though it uses the CPU.", unit="s", restart=False)
+    canary_interval_s: float = setting(300.0, p.seconds(low=0), "VLLMD_CANARY_INTERVAL_S", "An engine idle for this long is asked for one proof of life; never a busy one. 0: never.", unit="s", restart=False)
+    canary_timeout_s: float = setting(60.0, p.seconds(above=0), "VLLMD_CANARY_TIMEOUT_S", "Deadline of that proof of life.", unit="s", restart=False)
+    observe: tuple[str, ...] = setting((), p.subset(*DETECTORS), "VLLMD_WATCH_OBSERVE", "Detectors whose verdicts end nothing: they are only counted, and journalled.", restart=False)
 
 
 @dataclass(frozen=True, slots=True)

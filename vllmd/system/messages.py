@@ -91,6 +91,56 @@ MESSAGES: dict[str, Kind] = {
         "is ended and systemd starts it again. A slow answer never leads here.\n"
         f"The engine's last lines say why: `journalctl -u {_UNIT} -e`.",
     ),
+    "engine-hung": Kind(
+        "f28efa36fc73504c5aa23095133ca641",
+        "The engine of instance @VLLMD_INSTANCE@ hangs",
+        "Its /health may well answer, but it has not moved for watch.hang_timeout_s with work to do, or did not answer a\n"
+        "proof of life while idle, or its server answers nothing at all. The message says which, and for how long. The\n"
+        "instance is ended with status 75 and systemd starts it again.\n"
+        f"If it was only slow, raise the setting that the message names. The engine's last lines: `journalctl -u {_UNIT} -e`.",
+    ),
+    "engine-died": Kind(
+        "0019cb18fef3dfe44f8050c94d5b43ca",
+        "A process of the engine of instance @VLLMD_INSTANCE@ died",
+        "The message names it (VLLM::EngineCor is the one that computes, VLLM::Worker one of its GPUs), and the engine says\n"
+        "503 since: it never recovers from that. The instance is ended with status 70 and systemd starts it again.\n"
+        "Where memory ran out, the kernel's log says so: `journalctl -k -e`.",
+    ),
+    "would-act": Kind(
+        "198489c7fb56ab66214f4277681a8977",
+        "A verdict on instance @VLLMD_INSTANCE@ that ended nothing",
+        "A detector has come to a verdict, and the instance goes on: the detector is one of watch.observe, or the instance\n"
+        f"is paused (`{_LOOK}`). Had it acted, the instance would have been ended and started again.",
+    ),
+    "heartbeat-unreadable": Kind(
+        "3b774dcf0cf7c7a7f9103168f1204dcf",
+        "The heartbeat of the engine of instance @VLLMD_INSTANCE@ cannot be read",
+        "The engine answers its health question, but not /metrics, or not in the form that vllmd knows. While this lasts, a\n"
+        "hang of it is not noticed. --disable-log-stats among engine.args takes the metrics away.",
+    ),
+    "canary": Kind(
+        "5910e4b2475610ec268b5dfcfb6f08b9",
+        "A proof of life of the idle engine of instance @VLLMD_INSTANCE@ did not succeed",
+        "One such answer ends nothing. A refusal (4xx) means that the request is not allowed; what the message says of it\n"
+        "is the engine's own word. Several failures in a row end the instance.",
+    ),
+    "clock-gap": Kind(
+        "1f557c60af0fca1ee957a0f7d484b511",
+        "Instance @VLLMD_INSTANCE@ stood still, with its machine or alone",
+        "The machine was suspended, or the supervisor did not run for a while. Everything is measured anew from now on.\n"
+        "Nothing needs to be done after a suspend; else the host is short of CPU or memory.",
+    ),
+    "paused": Kind(
+        "da545ff7501b907730b4a7cc43523685",
+        "The watch over instance @VLLMD_INSTANCE@ is paused",
+        "Somebody asked for it with `vllmctl pause`: until the time that the message names, nothing is judged or ended, and\n"
+        "a stop goes on as ever. `vllmctl resume @VLLMD_INSTANCE@` ends the pause.",
+    ),
+    "resumed": Kind(
+        "d3c6e3fe4c4333d0d0fff43f595d5624",
+        "The watch over instance @VLLMD_INSTANCE@ goes on",
+        "The pause was ended, or its time is over. What happened meanwhile is acted upon now.\nNothing needs to be done.",
+    ),
     "start-stalled": Kind(
         "1a55071f0857421a9c1af6a898eefaff",
         "The start of instance @VLLMD_INSTANCE@ makes no progress",
