@@ -49,3 +49,41 @@ class ServiceCgroup:
         procs.wait_until("an empty cgroup", lambda: "populated 0" in (self.top / "cgroup.events").read_text())
         for group in self.groups():
             group.rmdir()
+
+
+class PidsLimit:
+    """A group that allows so many tasks, in whichever hierarchy has that controller; skips the test where none has."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        top = _hierarchy_of("pids")
+        need(top is not None and os.access(top, os.W_OK), "a pids controller in a cgroup hierarchy that this user may write to")
+        assert top is not None
+        self.path = top / f"vllmd-test-pids-{os.getpid()}-{next(_numbers)}"
+        self.path.mkdir()
+        (self.path / "pids.max").write_text(str(limit))
+
+    def enter(self, argv: list[str]) -> list[str]:
+        """The command that enters the group before it becomes argv."""
+        return ["/bin/sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs"), *argv]
+
+    def is_full(self) -> bool:
+        return int((self.path / "pids.current").read_text()) >= self.limit
+
+    def close(self) -> None:
+        procs.kill_all(int(line) for line in (self.path / "cgroup.procs").read_text().split())
+        procs.wait_until("an empty group", lambda: not (self.path / "cgroup.procs").read_text())
+        self.path.rmdir()
+
+
+def _hierarchy_of(controller: str) -> Path | None:
+    """Where groups with that controller can be made: the unified hierarchy, if its root hands it on, else its own."""
+    unified = Path(unified_mount().point or "/nowhere")
+    with contextlib.suppress(OSError):
+        if controller in (unified / "cgroup.subtree_control").read_text().split():
+            return unified
+    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+        place, _, kind = line.partition(" - ")
+        if kind.startswith("cgroup ") and controller in kind.split()[-1].split(","):
+            return Path(place.split()[4])
+    return None

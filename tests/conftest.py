@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import procs
+from tests import matrix, procs
 
 LEFT_DEADLINE_S = 3.0
 """How long things that are just ending may take."""
@@ -88,3 +88,9 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     if left:
         _end_children(before[0])
         pytest.fail(f"{request.node.name} leaves behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if matrix.ROWS:
+        terminalreporter.section("fault matrix")
+        terminalreporter.write_line("\n".join(matrix.table()))

@@ -33,6 +33,8 @@ S are seconds (fractions allowed), counted from the start of the process or, wit
 | FAKE_DEATH_S | 3 | from the death of EngineCore or a Worker to the API server's exit with 0 |
 | FAKE_CORE | ok, exit@S, stop@S | EngineCore exits, or is stopped as by SIGSTOP, S after ready |
 | FAKE_STRAY | setsid,fork,rename,ignore,env,port | a further process: in a session of its own, double-forked, renamed, ignoring every signal, with an empty environment, holding the port |
+| FAKE_CROWD | 0 | so many further processes, with the properties of FAKE_STRAY, or ignoring every signal |
+| FAKE_BOMB | DEPTH@S | a fork bomb of 2^DEPTH processes, S after ready; one whose fork is refused tries for ever |
 | FAKE_OUTPUT | normal, silent, flood, long, broken | nothing; as fast as the reader reads; lines of 10 MB; broken UTF-8 and NULs |
 | FAKE_OUTPUT_MB | 0 | ends flood, long and broken after so much (0: never) |
 | FAKE_SHM_MB | 0 | litter in /dev/shm of this size (dies where it does not fit), and sockets in TMPDIR |

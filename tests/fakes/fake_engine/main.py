@@ -95,6 +95,8 @@ class ApiServer:
     def start_core(self) -> None:
         listener = [self.sock] if self.sock else []
         processes.start_stray(self.modes.stray, listener)
+        for _ in range(self.modes.crowd):
+            processes.start_stray(self.modes.stray or frozenset({"ignore"}), listener)
         load_s = self.modes.start_s - sum(share_s(self.modes, share) for share in SHARES)
         self.core, link = processes.start(self.modes, number(self.options.max_num_seqs, 256), load_s, listener)
         self.served = Served(link, self.modes, self.events.put)
@@ -159,11 +161,16 @@ class ApiServer:
         exit_after(self.modes, self.modes.exit_ready)
         for mode in (self.modes.listen, self.modes.core):
             if mode.word in ("close", "exit", "stop"):
-                timer = threading.Timer(mode.after_s, self.events.put, [mode.word])
-                timer.daemon = True
-                timer.start()
+                self.post_after(mode.after_s, mode.word)
+        if self.modes.bomb:
+            self.post_after(self.modes.bomb.after_s, "bomb")
         while True:
             self.handle(self.next_event())
+
+    def post_after(self, seconds: float, event: str) -> None:
+        timer = threading.Timer(seconds, self.events.put, [event])
+        timer.daemon = True
+        timer.start()
 
     def next_event(self) -> str:
         """Looks up now and then: a signal that comes just before a wait that never ends is handled after it."""
@@ -177,6 +184,8 @@ class ApiServer:
                 self.close_listener()
             case "exit" | "stop":
                 os.kill(self.core, signal.SIGKILL if event == "exit" else signal.SIGSTOP)
+            case "bomb":
+                processes.start_bomb(int(self.modes.bomb.word), [self.sock] if self.sock else [])
             case "core-dead":
                 self.output.log("AsyncLLM output_handler failed.", "ERROR", "async_llm.py:906")
                 time.sleep(self.modes.death_s)

@@ -59,6 +59,8 @@ class Modes:
     death_s: float = mode("3", float)
     core: Timed = mode("ok", timed)
     stray: frozenset[str] = mode("", traits)
+    crowd: int = mode("0", int)
+    bomb: Timed = mode("", timed)
     output: str = mode("normal")
     output_mb: float = mode("0", float)
     shm_mb: int = mode("0", int)

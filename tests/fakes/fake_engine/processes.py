@@ -209,3 +209,22 @@ def stray(wanted: frozenset[str]) -> None:
             signal.signal(number, signal.SIG_IGN)
     while True:
         signal.pause()
+
+
+def start_bomb(depth: int, listener: list[socket.socket]) -> None:
+    """A fork bomb that ends by itself where nothing limits it: at 2^depth processes."""
+    fork(lambda: explode(depth), listener)
+
+
+def explode(depth: int) -> None:
+    """Each one that is killed makes room for another: whoever ends them one by one has to be quicker."""
+    rename("bomb")
+    for generation in reversed(range(depth)):
+        while True:
+            with suppress(OSError):
+                if not os.fork():
+                    return explode(generation)
+                break
+            time.sleep(0.02)
+    while True:
+        signal.pause()
