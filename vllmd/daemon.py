@@ -16,7 +16,7 @@ from vllmd.core import events as ev
 from vllmd.core.lifecycle import Impossible, Life, State, step
 from vllmd.core.plan import Plan, ResolvedModel
 from vllmd.engines.protocol import Context
-from vllmd.errors import TryLater, VllmdError
+from vllmd.errors import Status, VllmdError
 from vllmd.instance import record, reload, signals
 from vllmd.instance.board import Board
 from vllmd.instance.checking import check_host
@@ -173,7 +173,9 @@ class Daemon:
         self.clockwork.allow(self.config.preflight.gpu_timeout_s + 60)
         assert self._plan is not None
         assert self._context is not None
-        await check_host(self.prepared.engine, self._context, self._plan, self.journal)
+        assert self._engine is not None
+        report = await check_host(self.prepared.engine, self._context, self._plan, self.journal)
+        self._engine.gpus.examined(report.gpu_check_source, report.gpus)
         self.post(ev.PreflightPassed())
 
     async def _resolve(self) -> None:
@@ -216,6 +218,7 @@ class Daemon:
     async def _launch(self) -> None:
         assert self._engine is not None
         assert self.model is not None
+        self.clockwork.allow(self._engine.gpus.wait_s + 60)
         await self._engine.launch(self.model)
         self.post(ev.EngineSpawned())
 
@@ -271,12 +274,11 @@ class Daemon:
         if self._engine is None:
             self.post(ev.TreeEmptied())
             return
-        left = await self._engine.kill()
-        if left:
-            what = f"processes cannot be killed: {left}"
-            hint = "they hang in the kernel (state D); the host may need a reboot"
-            self.journal.event("unkillable", what, priority=2)
-            self.post(ev.KillExpired(record.failure_of(TryLater("unkillable", what, hint))))
+        failure = self.life.failure
+        left = await self._engine.kill(await_memory=failure is None or failure.status != Status.UNAVAILABLE)
+        if left is not None:
+            self.journal.event("unkillable" if left.code == "unkillable" else "gpu-memory-not-back", left.what, priority=2, hint=left.hint)
+            self.post(ev.KillExpired(record.failure_of(left)))
             return
         self.journal.event("stopped", f"nothing is left ({time.monotonic() - began:.2f} s)", priority=6)
         self.post(ev.TreeEmptied())

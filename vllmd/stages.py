@@ -69,6 +69,7 @@ def deadlines(config: Config) -> Deadlines:
         start_grace_s=config.stop.start_grace_s,
         kill_s=config.stop.kill_timeout_s,
         proof_s=config.start.proof_timeout_s,
+        gpu_release_s=0.0 if config.gpus == "none" else config.stop.gpu_release_timeout_s,
     )
 
 

@@ -236,10 +236,11 @@ def shortage(device: Device, rules: Rules) -> str:
     return f"{device} has {free} of {total} MiB free, {rules.needed_mib(total)} MiB needed; in use by {owners}"
 
 
-def shortages(choice: Choice, now: Sequence[Device], rules: Rules) -> str:
-    """Of all that were chosen, as they are now; '' when the engine will find what it asks for."""
+def shortages(choice: Choice, now: Sequence[Device], rules: Rules, count: int = 0) -> str:
+    """Of all that were chosen, as they are now; '' when the engine will find what it asks for. `count`: how many of them it
+    uses (0: all); it takes the first."""
     known = {each.index: each for each in now}
-    found = [shortage(known.get(each.index, each), rules) for each in choice.whole]
+    found = [shortage(known.get(each.index, each), rules) for each in choice.whole[: count or None]]
     parts = {part.uuid: (part, each) for each in now for part in each.slices}
     for part, parent in (parts.get(each.uuid, (each, parent)) for each, parent in choice.slices):
         as_device = replace(parent, uuid=part.uuid, memory_total_mib=part.memory_total_mib, memory_free_mib=part.memory_free_mib)

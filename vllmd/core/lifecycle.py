@@ -40,6 +40,10 @@ class Life:
     failure: Failure | None = None
 
 
+NO_RESTART = frozenset({2, 3, 64, 65, 69, 77, 78})
+"""Statuses after which a person must act first: RestartPreventExitStatus= of the unit."""
+
+
 class Impossible(Exception):
     """An event that cannot happen in this state happened: a bug of ours."""
 
@@ -103,8 +107,11 @@ def _end(life: Life, _event: ev.TreeEmptied) -> Outcome:
 
 
 def _unkillable(life: Life, event: ev.KillExpired) -> Outcome:
-    # The first failure stays the reason; the exit says that something of it is left.
-    effects: tuple[Effect, ...] = (ev.Finish(event.failure.status),)
+    # The first failure stays the reason; the exit says that something of it is left, unless that would allow a restart
+    # that the reason forbids (a lost GPU gives no memory back either).
+    first = life.failure
+    status = first.status if first is not None and first.status in NO_RESTART else event.failure.status
+    effects: tuple[Effect, ...] = (ev.Finish(status),)
     if life.failure is None:
         effects = (ev.RecordFailure(event.failure), *effects)
     return replace(life, state=State.STOPPED, failure=life.failure or event.failure), effects

@@ -73,6 +73,7 @@ class Deadlines:
     start_grace_s: float
     kill_s: float
     proof_s: float
+    gpu_release_s: float = 0.0
 
     @property
     def drain_s(self) -> float:
@@ -82,7 +83,7 @@ class Deadlines:
     @property
     def stop_s(self) -> float:
         """The longest that a whole stop can take."""
-        return self.drain_s + self.kill_s
+        return self.drain_s + self.kill_s + self.gpu_release_s
 
 
 @dataclass(frozen=True, slots=True)

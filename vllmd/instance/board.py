@@ -59,6 +59,7 @@ class Board:
             "error": None,
             "warnings": [],
             "needs_restart": [],
+            "gpus": [],
             "group": None,
             "role": None,
             "rank": None,

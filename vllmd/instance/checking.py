@@ -12,6 +12,7 @@ from vllmd.errors import PortRefused, Status
 from vllmd.preflight import lock, ports
 from vllmd.preflight.child import kill_running
 from vllmd.preflight.claims import LaunchRecord, Own, Policy, Stray
+from vllmd.preflight.report import Report
 from vllmd.preflight.run import PreflightRequest, run
 from vllmd.system import launch
 from vllmd.system.journal import Journal
@@ -58,7 +59,7 @@ def _lock_path(context: Context, plan: Plan) -> Path | None:
     return lock.default_path(port, context.paths.runtime, context.environ, os.geteuid())
 
 
-async def check_host(engine: Engine, context: Context, plan: Plan, journal: Journal | Stderr) -> None:
+async def check_host(engine: Engine, context: Context, plan: Plan, journal: Journal | Stderr) -> Report:
     """Runs preflight, and says what it found; its failure as the VllmdError of its status."""
     try:
         report = await in_thread(lambda: run(preflight_request(engine, context, plan, dry_run=False)))
@@ -70,6 +71,7 @@ async def check_host(engine: Engine, context: Context, plan: Plan, journal: Jour
         raise report.as_error()
     text = f"the host is fit: port {report.action}, {len(report.gpus)} GPUs ({report.gpu_check_source})"
     journal.event("preflight-passed", text, priority=6)
+    return report
 
 
 class PortHold:

@@ -7,7 +7,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,20 @@ from vllmd.config.redact import redact_argv, redact_text
 from vllmd.config.settings import Log
 from vllmd.core import events as ev
 from vllmd.core.plan import Command, Plan, ResolvedModel
-from vllmd.engines.protocol import Context, Engine, Preparing
+from vllmd.engines.protocol import Context, Engine, Preparing, ProofRequest
 from vllmd.errors import EngineFailed, TryLater
 from vllmd.instance import record
 from vllmd.instance.board import Board, now_text
 from vllmd.instance.checking import PortHold
 from vllmd.instance.clockwork import Clockwork
+from vllmd.instance.gpus import Gpus, Need
 from vllmd.instance.output import Output, example
 from vllmd.instance.probing import Probe, healthy, prove
 from vllmd.instance.startwatch import StartWatch
 from vllmd.models import store
 from vllmd.preflight import ports
 from vllmd.system import launch as launches
+from vllmd.system import stuck
 from vllmd.system.family import Family
 from vllmd.system.files import storage_error
 from vllmd.system.host import boot_id
@@ -36,6 +38,8 @@ from vllmd.system.lines import LineLimits, LineReader, TokenBucket
 from vllmd.system.process import Child, ExitStatus, SpawnSpec, spawn
 from vllmd.system.terminal import Stderr
 from vllmd.system.threads import in_thread
+
+_STACKS_S = 2.0
 
 
 class EngineLife:
@@ -74,6 +78,8 @@ class EngineLife:
         self._port = PortHold(context, plan)
         self._health = ""
         self._private: list[Path] = []
+        self._stuck: tuple[stuck.Stuck, ...] = ()
+        self.gpus = Gpus(context, Need.of(engine, context), journal, say=lambda text: board.progress(None, text))
         self.probe = Probe(
             endpoint=plan.endpoints[0],
             health_path=engine.health_path,
@@ -90,17 +96,18 @@ class EngineLife:
         for leftover in swept:
             self._journal.event("leftovers-swept", f"ended what an earlier launch had left: {leftover}", priority=4)
             if not leftover.gone:
-                hint = "they hang in the kernel (state D); the host may need a reboot"
-                raise TryLater("unkillable", f"an earlier launch cannot be ended: {leftover}", hint)
+                raise await self._unkillable(f"an earlier launch cannot be ended: {leftover}", leftover.pids)
 
     # -- spawn
 
     async def launch(self, model: ResolvedModel) -> None:
-        """Port lock, cheap checks again, launch record, exec. What was started is ended by `kill`, also half-way."""
+        """Port lock, cheap checks again, GPUs, launch record, exec. What was started is ended by `kill`, also half-way."""
         self._model = model
         self._hold.callback((await in_thread(lambda: store.hold(model.directory))).close)
         await self._port.take()
-        command = self.engine.command(self.context, str(await self._prepared(model.directory)))
+        directory = str(await self._prepared(model.directory))
+        command = self.engine.command(await self.gpus.take(), directory)
+        self._board.set(gpus=list(self.gpus.uuids))
         self._secrets = command.secrets
         self._write_private(command)
         launch_id = os.urandom(16).hex()
@@ -216,12 +223,21 @@ class EngineLife:
         config = self.context.config
         if config.start.proof == "health":
             return "/health"
-        assert self._model is not None
+        self._board.phase("proof")
+        return await prove(self.probe, self.proofs(), lambda text: self._board.progress(None, text))
+
+    def proofs(self) -> tuple[ProofRequest, ...]:
+        """Of the task; () where a person has said that /health must do."""
+        config = self.context.config
+        if config.start.proof == "health" or self._model is None:
+            return ()
         task = config.serve.task
         task = self.engine.task(self.context, self._model.directory) if task == "auto" else task
-        self._board.phase("proof")
-        proofs = self.engine.proofs(self.context, task)
-        return await prove(self.probe, proofs, lambda text: self._board.progress(None, text))
+        return self.engine.proofs(self.context, task)
+
+    @property
+    def main_pid(self) -> int:
+        return self._child.pid if self._child is not None else 0
 
     def rest(self) -> None:
         """The start is over: its clocks stop."""
@@ -245,8 +261,8 @@ class EngineLife:
         if self._child is not None and self._exit is None:
             self._child.signal(signal.SIGTERM)
 
-    async def kill(self) -> str:
-        """Kills what is left of the launch; '' when nothing is, else what cannot be killed."""
+    async def kill(self, *, await_memory: bool = True) -> TryLater | None:
+        """Kills what is left of the launch, and waits for the memory of its GPUs; None when all of it is done."""
         for task in self._background:
             task.cancel()
         self.family.kill()
@@ -255,14 +271,27 @@ class EngineLife:
             reader.close()
         self._clean()
         if not empty:
-            return ", ".join(f"pid {pid}" for pid in self.family.pids()) or "unknown processes"
+            return await self._unkillable("processes cannot be killed", await in_thread(self.family.pids))
         if self._child is not None:
             self._child.close()
             # vLLM leaves the file of its socket behind, and fails on one that it finds.
             self._remove(*(Path(each.path) for each in self.plan.endpoints if each.kind == "uds"))
         self.family.remove()
         self._remove(self._state / launches.NAME)
-        return ""
+        left = await self.gpus.returned() if await_memory else None
+        self.gpus.release()
+        return left
+
+    async def _unkillable(self, what: str, pids: Iterable[int]) -> TryLater:
+        """Named with where they hang in the kernel. Nobody waits long for that: a read of their stacks may hang as they do."""
+        pids = tuple(pids)
+        self._stuck = tuple(stuck.Stuck(pid) for pid in pids)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_STACKS_S):
+                self._stuck = await in_thread(lambda: stuck.look(pids)) or self._stuck
+        named = stuck.describe(self._stuck) or "unknown processes"
+        hint = "They hang in the kernel, mostly in a GPU driver or a dead network file system: `journalctl -k -e`. The host may need a reboot."
+        return TryLater("unkillable", f"{what}: {named}", hint)
 
     def _clean(self) -> None:
         self._port.release()
@@ -280,7 +309,8 @@ class EngineLife:
     def last_words(self) -> dict[str, Any]:
         """What last.json says beside the error."""
         exit_status = self._exit.describe() if self._exit else None
-        return {"engine_exit": exit_status, "phase": self._board.document["phase"], "lines": list(self.output.lines)[-20:]}
+        words = {"engine_exit": exit_status, "phase": self._board.document["phase"], "lines": list(self.output.lines)[-20:]}
+        return words | ({"unkillable": [each.as_dict() for each in self._stuck]} if self._stuck else {})
 
     def _redacted(self, text: str) -> str:
         return redact_text(text, self._secrets)

@@ -202,6 +202,20 @@ MESSAGES: dict[str, Kind] = {
         "return, mostly in a GPU driver or a dead network file system (`ps -o pid,state,wchan:30,cmd -p PID`, state D).\n"
         "`journalctl -k -e` mostly shows why. Often only a reboot frees what they hold.",
     ),
+    "gpu-waiting": Kind(
+        "76851eb66bed4726b3eff8ac43189473",
+        "Instance @VLLMD_INSTANCE@ waits for GPUs",
+        "Another instance holds a GPU that this one wants, or its memory is not free yet; the message names who has it.\n"
+        "The start goes on as soon as it is free, and gives up after preflight.gpu_wait_s (status 75, tried again later).\n"
+        "`vllmctl gpu` shows who has which GPU. To let instances share GPUs on purpose, set gpus_shared in each of them.",
+    ),
+    "gpu-memory-not-back": Kind(
+        "01250c413750460290a37a631970c514",
+        "GPU memory of instance @VLLMD_INSTANCE@ did not come back",
+        "Nothing of the engine is left, and after stop.gpu_release_timeout_s a GPU still has less memory free than before\n"
+        "the start. The message names who has it, where that can be seen. The supervisor ends with status 75, and the next\n"
+        "start waits for the memory again. `vllmctl gpu` and `nvidia-smi` show it; a process in state D goes with a reboot.",
+    ),
     "lines-dropped": Kind(
         "449d236bf9644d53b2cbe57358dddd17",
         "Lines of the engine of instance @VLLMD_INSTANCE@ were dropped",
