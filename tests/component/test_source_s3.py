@@ -17,7 +17,7 @@ from tests import tiny_models
 from vllmd.config.settings import Model
 from vllmd.errors import ConfigError, PermissionMissing, SourceUnavailable
 from vllmd.models.remote import RemoteFile, known_sums
-from vllmd.models.sources import Context, NotFound, Offered
+from vllmd.models.sources import Context, NotFound, Offered, s3_direct
 from vllmd.models.sources.s3 import S3
 
 pytestmark = pytest.mark.component
@@ -45,6 +45,14 @@ def environ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", KEY)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+
+
+@pytest.fixture(autouse=True, params=["direct", "botocore"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to ask a store say the same."""
+    if request.param == "botocore":
+        monkeypatch.setattr(s3_direct, "asked", lambda *_: None)
+    return str(request.param)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 from tests.component.test_source_s3 import environ, find
 from tests.fakes.s3_server import Asked, Reply, S3Server, Script, error, item, listing
 from vllmd.errors import ConfigError, ModelInvalid, PermissionMissing, SourceUnavailable, VllmdError
-from vllmd.models.sources import s3_http, s3_listing, s3_store
+from vllmd.models.sources import s3_direct, s3_http, s3_listing, s3_store, s3_transport
 
 pytestmark = [pytest.mark.component, pytest.mark.usefixtures("environ")]
 
@@ -28,6 +28,12 @@ def refusal(script: Script, **settings: Any) -> tuple[VllmdError, list[Asked]]:
     assert "verysecret" not in said
     assert caught.value.what.isprintable()
     return caught.value, server.asked
+
+
+@pytest.fixture
+def by_botocore(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is counted how often botocore asks: s3_direct asks once before it."""
+    monkeypatch.setattr(s3_direct, "asked", lambda *_: None)
 
 
 def always(reply: Reply) -> Script:
@@ -70,6 +76,7 @@ def test_a_wrong_answer_is_said_as_what_it_is(reply: Reply, kind: type[VllmdErro
     assert len(asked) <= 2 * s3_store.ATTEMPTS
 
 
+@pytest.mark.usefixtures("by_botocore")
 def test_pages_are_put_together() -> None:
     def script(asked: Asked) -> Reply:
         number = int(asked.token or "0")
@@ -81,6 +88,7 @@ def test_pages_are_put_together() -> None:
     assert len(server.asked) == 5
 
 
+@pytest.mark.usefixtures("by_botocore")
 def test_a_listing_that_goes_round_in_circles() -> None:
     found, asked = refusal(always(listing(FILE, token="again")))
     assert isinstance(found, SourceUnavailable)
@@ -88,6 +96,7 @@ def test_a_listing_that_goes_round_in_circles() -> None:
     assert len(asked) == 2
 
 
+@pytest.mark.usefixtures("by_botocore")
 def test_a_listing_without_end_of_empty_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_listing, "MAX_PAGES", 20)
     counter = itertools.count()
@@ -97,6 +106,7 @@ def test_a_listing_without_end_of_empty_pages(monkeypatch: pytest.MonkeyPatch) -
     assert len(asked) == 21
 
 
+@pytest.mark.usefixtures("by_botocore")
 def test_a_listing_without_end_of_objects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_listing, "MAX_FILES", 250)
     counter = itertools.count()
@@ -113,6 +123,7 @@ def test_an_answer_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "longer than" in found.what
 
 
+@pytest.mark.usefixtures("by_botocore")
 def test_a_store_that_stalls(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3_http, "READ_S", 0.3)
     server = S3Server(lambda _asked: Reply(200, server.stalled(b"<ListBucketResult>")))
@@ -233,3 +244,18 @@ def test_awss_own_store_by_virtual_hosts(monkeypatch: pytest.MonkeyPatch) -> Non
         with pytest.raises(SourceUnavailable):
             find("")
     assert proxy.asked == [], "https is tunnelled: a plain GET must not reach a proxy"
+
+
+def test_the_usual_case_is_one_question_without_botocore() -> None:
+    with S3Server(always(listing(FILE, item("p/Tiny/a%2Bb")))) as server:
+        offered = find(server.url)
+    assert isinstance(offered.transport, s3_direct.DirectTransport)
+    assert [file.name for file in offered.listing.files] == ["config.json", "a+b"]
+    assert len(server.asked) == 1
+    assert server.asked[0].access_key == "AKIATESTING"
+
+
+def test_a_store_with_sums_is_asked_for_them_by_botocore() -> None:
+    with S3Server(always(listing(FILE.replace("</Size>", "</Size><ChecksumAlgorithm>CRC32C</ChecksumAlgorithm>")))) as server:
+        offered = find(server.url)
+    assert isinstance(offered.transport, s3_transport.S3Transport)

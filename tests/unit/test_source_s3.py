@@ -99,7 +99,7 @@ def test_a_pin_is_what_an_if_match_can_carry(etag: object, pin: str) -> None:
 def test_an_etag_is_no_md5() -> None:
     files: list[RemoteFile] = []
     etag = "d41d8cd98f00b204e9800998ecf8427e"
-    s3_listing._take({"Contents": [{"Key": "p/Tiny/a", "Size": 0, "ETag": f'"{etag}"'}]}, PLACE, files, set())
+    s3_listing.take({"Contents": [{"Key": "p/Tiny/a", "Size": 0, "ETag": f'"{etag}"'}]}, PLACE, files, set())
     assert [(file.pin, dict(file.sums)) for file in files] == [(etag, {})]
 
 

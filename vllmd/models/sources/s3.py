@@ -4,6 +4,8 @@ botocore brings the configuration, the credentials, the listing and the signatur
 A revision is no part of the path, as in the existing tools: whoever keeps several gives each its own prefix
 (model.r2_object_prefix). Nothing but the bucket is ever asked: no STS, which R2 does not have.
 
+    s3_direct    the usual case, without the rest: keys in the environment, an endpoint, one page
+    s3_signature its signatures
     s3_store     settings, environment and credentials -> a client that only asks for what it may
     s3_http      one answer of the store: bounded in size and time, and looked at before any XML parser does
     s3_listing   ListObjectsV2, page by page -> Listing
@@ -28,9 +30,13 @@ class S3:
         if context.settings.offline:
             return Skipped("offline")
         # Imported here: they are of no use to the many who have no bucket.
-        from vllmd.models.sources import s3_listing, s3_store, s3_transport
+        from vllmd.models.sources import s3_direct, s3_listing, s3_store, s3_transport
 
-        store = s3_store.opened(context.settings, key_prefix(context.settings, request), context.environ)
+        prefix = key_prefix(context.settings, request)
+        direct = s3_direct.asked(context.settings, prefix, context.environ)
+        if direct is not None:
+            return Offered(direct.listing, direct.transport)
+        store = s3_store.opened(context.settings, prefix, context.environ)
         with store.quiet():
             found = s3_listing.listed(store)
             if not found.listing.files:

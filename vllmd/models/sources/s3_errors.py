@@ -11,6 +11,7 @@ from typing import Any
 from vllmd.errors import ConfigError, ModelNotFound, PermissionMissing, SourceUnavailable, VllmdError
 
 ANONYMOUS = "no credentials"
+ENVIRONMENT = "the keys in AWS_ACCESS_KEY_ID"
 MAX_TEXT = 300
 _MAX_BODY = 16384
 _CREDENTIALS_HINT = (

@@ -21,7 +21,7 @@ ANSWER_S = 90.0
 MAX_ANSWER_BYTES = 16 << 20
 """A page of 1000 keys of 1024 bytes, each byte as %XX, has 4 MB."""
 _CHUNK = 1 << 16
-_LISTING = re.compile(rb"\s*(<\?xml[^>]{0,200}\?>\s*)?<ListBucketResult[\s>]")
+LISTING = re.compile(rb"\s*(<\?xml[^>]{0,200}\?>\s*)?<ListBucketResult[\s>]")
 _SCOPE = re.compile(r"AWS4-HMAC-SHA256 Credential=[^,]*/\d{8}/([^/,]+)/([^/,]+)/aws4_request,")
 
 
@@ -98,7 +98,7 @@ class Sender:
 
     def _check(self, body: bytes) -> None:
         """A sign-in page or a proxy's error comes with 200 too, and one of well-formed HTML would pass for an empty bucket."""
-        if not _LISTING.match(body) or b"<!DOCTYPE" in body:
+        if not LISTING.match(body) or b"<!DOCTYPE" in body:
             raise s3_errors.unreadable(self._place, f"it begins with {self._place.clean(body[:60].decode('utf-8', 'replace'))!r}")
 
 

@@ -37,7 +37,7 @@ def listed(store: Store) -> Listed:
     token, until = "", time.monotonic() + LISTING_S
     while True:
         page = _page(store, token)
-        _take(page, place, files, summed)
+        take(page, place, files, summed)
         if not page.get("IsTruncated"):
             return Listed(Listing(tuple(files), place.origin), frozenset(summed))
         token = _next(page, tokens, place)
@@ -61,7 +61,8 @@ def _page(store: Store, token: str) -> dict[str, Any]:
     return page
 
 
-def _take(page: dict[str, Any], place: s3_errors.Place, files: list[RemoteFile], summed: set[str]) -> None:
+def take(page: dict[str, Any], place: s3_errors.Place, files: list[RemoteFile], summed: set[str]) -> None:
+    """What is on a page, added to `files`; to `summed` the keys of what has checksums."""
     for item in page.get("Contents", ()):
         key, size = item.get("Key"), item.get("Size")
         if not isinstance(key, str) or not isinstance(size, int):

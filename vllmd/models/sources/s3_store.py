@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 from vllmd.config.settings import Model
 from vllmd.errors import ConfigError, PermissionMissing, VllmdError
 from vllmd.models.sources import s3_errors
-from vllmd.models.sources.s3_errors import ANONYMOUS, Place
+from vllmd.models.sources.s3_errors import ANONYMOUS, ENVIRONMENT, Place
 from vllmd.models.sources.s3_http import CONNECT_S, READ_S, Sender
 from vllmd.system.files import read_small
 
@@ -26,7 +26,7 @@ ATTEMPTS = 2
 """Of one request; the resolve stage itself asks again, with longer pauses."""
 _SYSTEMD = f"the systemd credential {CREDENTIAL}"
 _KINDS = {
-    "env": "the keys in AWS_ACCESS_KEY_ID",
+    "env": ENVIRONMENT,
     "shared-credentials-file": "the shared credentials file",
     "config-file": "the AWS config file",
     "assume-role": "an assumed role",

@@ -36,12 +36,7 @@ class S3Transport:
             with translated(self.store.place):
                 self._sign(asked)
         headers = {str(name): str(value) for name, value in asked.headers.items()}
-        headers["Accept-Encoding"] = "identity"
-        if end > begin:
-            headers["Range"] = f"bytes={begin}-{end - 1}"
-        if file.pin:
-            headers["If-Match"] = f'"{file.pin}"'
-        return Request(asked.url, headers)
+        return Request(asked.url, headers | request_headers(file, begin, end))
 
     def _sign(self, asked: Any) -> None:
         from botocore.auth import S3SigV4Auth
@@ -50,11 +45,7 @@ class S3Transport:
         S3SigV4Auth(frozen, self.sent.service, self.sent.region).add_auth(asked)
 
     def refused(self, file: RemoteFile, status: int, body: bytes) -> VllmdError | None:
-        place = self.store.place
-        answer = s3_errors.answer_of(status, body, f"s3://{place.bucket}/{place.clean(file.key)}")
-        if answer.code == str(status) and status not in (401, 403, 412, 416):
-            return None  # not the store's own words
-        return s3_errors.of_answer(answer, place)
+        return said_by_store(self.store.place, file, status, body)
 
     def sums(self, file: RemoteFile) -> Mapping[str, str]:
         """The store's checksums of the whole object, by one HeadObject; nothing where the listing named none, and where they
@@ -69,6 +60,21 @@ class S3Transport:
         except (BotoCoreError, ClientError, VllmdError):
             return {}
         return whole_sums(head)
+
+
+def request_headers(file: RemoteFile, begin: int, end: int) -> dict[str, str]:
+    """What is not signed of a request for a piece."""
+    headers = {"Accept-Encoding": "identity"}
+    if end > begin:
+        headers["Range"] = f"bytes={begin}-{end - 1}"
+    return headers | ({"If-Match": f'"{file.pin}"'} if file.pin else {})
+
+
+def said_by_store(place: s3_errors.Place, file: RemoteFile, status: int, body: bytes) -> VllmdError | None:
+    answer = s3_errors.answer_of(status, body, f"s3://{place.bucket}/{place.clean(file.key)}")
+    if answer.code == str(status) and status not in (401, 403, 412, 416):
+        return None  # not the store's own words
+    return s3_errors.of_answer(answer, place)
 
 
 def transport(store: Store, summed: frozenset[str]) -> S3Transport:

@@ -211,17 +211,17 @@ class Connection:
         except h11.RemoteProtocolError as error:
             raise Again(f"{self.route.authority} ended its answer early: {error}") from error
 
-    def short_body(self, head: Head) -> bytes:
-        """The body of an error or a redirect, as far as anybody wants to read it. Whether the connection can be used again."""
+    def short_body(self, head: Head, limit: int = MAX_ERROR_BYTES) -> bytes:
+        """The body of an error, a redirect or a listing, as far as anybody wants to read it. Whether the connection can be used again."""
         if head.length is None:
             body = b""
             for chunk in self.chunks():
                 body += chunk
-                if len(body) > MAX_ERROR_BYTES:
+                if len(body) > limit:
                     break
             return body
         body = self.first(head.length)
-        while len(body) < min(head.length, MAX_ERROR_BYTES):
+        while len(body) < min(head.length, limit + 1):
             data = self._receive(MAX_ERROR_BYTES)
             if not data:
                 break
