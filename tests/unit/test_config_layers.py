@@ -104,6 +104,7 @@ SAMPLES: Mapping[str, str] = {
     "preflight.reclaim": "stray",
     "start.proof": "health",
     "log.level": "error",
+    "metrics.listen": "127.0.0.1:9108",
     "watch.observe": "hang",
     "log.line_max_bytes": "512",
     "model.verify": "sha256",

@@ -115,6 +115,23 @@ def host(value: object) -> str:
     return string
 
 
+@parser("ADDRESS:PORT, or an absolute path", type="string")
+def listen_address(value: object) -> str:
+    """'127.0.0.1:9108', '[::1]:9108', '/run/x.sock'. An address, no name: whoever listens must not wait for a resolver."""
+    string = string_of(value)
+    if not string or string[:1] in "/~":
+        return absolute_path(string)
+    address, _, port = string.rpartition(":")
+    bare = address[1:-1] if address.startswith("[") and address.endswith("]") else address
+    try:
+        found = ipaddress.ip_address("127.0.0.1" if bare == "localhost" else bare)
+        if (found.version == 6) != (bare != address) or not re.fullmatch("[0-9]{1,5}", port, re.ASCII) or not 0 < int(port) < 65536:
+            raise ValueError
+    except ValueError:
+        raise ValueError(f"must be ADDRESS:PORT, as 127.0.0.1:9108 or [::1]:9108, or an absolute path, not {shown(string)}") from None
+    return f"[{found}]:{port}" if found.version == 6 else f"{found}:{port}"
+
+
 @parser("regular expression", type="string", format="regex")
 def regex(value: object) -> str:
     string = string_of(value)

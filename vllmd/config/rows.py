@@ -7,7 +7,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllmd.config import parsers
-from vllmd.config.settings import Config, EngineChoice, Log, Model, Preflight, Serve, Setting, Start, Stop, Watch, rows
+from vllmd.config.settings import (
+    Config,
+    EngineChoice,
+    Log,
+    Metrics,
+    Model,
+    Preflight,
+    Serve,
+    Setting,
+    Start,
+    Stop,
+    Watch,
+    rows,
+)
 
 SECTIONS: Mapping[str, type[Any]] = {
     "model": Model,
@@ -18,6 +31,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "stop": Stop,
     "watch": Watch,
     "log": Log,
+    "metrics": Metrics,
 }
 
 

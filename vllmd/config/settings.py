@@ -203,6 +203,15 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
+class Metrics:
+    """Our own figures for Prometheus, beside GET /metrics on control.sock."""
+
+    listen: str = setting("", p.listen_address, "VLLMD_METRICS_LISTEN", "Where GET /metrics is answered to Prometheus: ADDRESS:PORT, or the path of a unix socket; empty: nowhere. Whoever can connect can read it.", restart=False)
+    textfile: str = setting("", p.absolute_path, "VLLMD_METRICS_TEXTFILE", "The directory of node_exporter's textfile collector: vllmd-NAME.prom is kept there while the instance runs; empty: no file.", restart=False)
+    interval_s: float = setting(15.0, p.seconds(low=0.1), "VLLMD_METRICS_INTERVAL_S", "Interval of writing that file.", unit="s", restart=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Config:
     """Everything a person can set, parsed. `tuning` is the engine plug-in's own dataclass, whose rows also stand under `serve:`."""
 
@@ -214,6 +223,7 @@ class Config:
     stop: Stop
     watch: Watch
     log: Log
+    metrics: Metrics
     tuning: Any
     gpus: str | int | tuple[str, ...] = setting("all", p.gpus, "VLLMD_GPUS", "GPUs of the instance: all, none, a number, or a list of indices, UUIDs or MIG ids.", aliases={"VLLM_GPU_DEVICES": p.as_gpu_list})
     gpus_shared: bool = setting(False, p.boolean, "VLLMD_GPUS_SHARED", "Whether other instances that say so too may use the same GPUs at the same time (lower serve.gpu_memory_utilization in each).")

@@ -54,6 +54,7 @@ _SECTIONS = (
     settings.Stop,
     settings.Watch,
     settings.Log,
+    settings.Metrics,
     settings.Config,
 )
 

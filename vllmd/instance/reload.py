@@ -54,7 +54,7 @@ def compare(old: Config, new: Config) -> Changes:
 
 def apply_live(old: Config, new: Config) -> Config:
     """The old configuration with the sections that a running instance can take over."""
-    return replace(old, watch=new.watch, log=new.log)
+    return replace(old, watch=new.watch, log=new.log, metrics=new.metrics)
 
 
 def read_again(prepared: Prepared, old: Config, journal: Journal | Stderr) -> tuple[Config, tuple[str, ...]] | None:

@@ -1,4 +1,4 @@
-"""The instance's own HTTP server on a unix socket: GET /status and GET /metrics, for vllmctl and Prometheus.
+"""The instance's own HTTP server: GET /status and GET /metrics on control.sock, for vllmctl; GET /metrics where Prometheus asks.
 
 A client that sends nothing, or never reads, costs one of 32 places for ten seconds and nothing else.
 """
@@ -26,38 +26,28 @@ _CHUNK = 1 << 14
 Route = Callable[[], tuple[str, bytes]]
 
 
-class ControlServer:
+class HttpServer:
     """`routes` maps a path to what gives (content type, body); called in the loop, so it must not block."""
 
-    def __init__(self, path: Path, routes: Mapping[str, Route], *, timeout_s: float = CLIENT_TIMEOUT_S) -> None:
-        self.path = path
+    def __init__(self, routes: Mapping[str, Route], *, timeout_s: float = CLIENT_TIMEOUT_S) -> None:
         self._routes = routes
         self._timeout_s = timeout_s
         self._server: asyncio.Server | None = None
-        self._inode = 0
         self._open: set[asyncio.Task[None]] = set()
 
-    async def start(self) -> None:
-        """Listen, mode 0660. TryLater when another supervisor answers there; PermissionMissing, StorageFailed."""
-        try:
-            listener = _listen(self.path)
-            self._inode = self.path.lstat().st_ino
-        except OSError as error:
-            raise storage_error(error, f"listen on {self.path}") from error
-        self._server = await asyncio.start_unix_server(self._accept, sock=listener)
-
     async def close(self) -> None:
-        """Idempotent. The socket's file is removed if it is still ours."""
+        """Idempotent."""
         if self._server is None:
             return
         self._server.close()
         self._server = None
-        with contextlib.suppress(OSError):
-            if self.path.lstat().st_ino == self._inode:
-                self.path.unlink()
+        self._forget()
         for task in list(self._open):
             task.cancel()
         await asyncio.gather(*self._open, return_exceptions=True)
+
+    def _forget(self) -> None:
+        """Removes what names the listener, where something does."""
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if len(self._open) >= CONNECTIONS_MAX:
@@ -100,6 +90,51 @@ class ControlServer:
             asyncio.get_running_loop().call_exception_handler({"message": "a route of the control socket failed", "exception": error})
             return 500, "text/plain", b"internal error\n"
         return 200, kind, body
+
+
+class ControlServer(HttpServer):
+    """On a unix socket, mode 0660."""
+
+    def __init__(self, path: Path, routes: Mapping[str, Route], *, timeout_s: float = CLIENT_TIMEOUT_S) -> None:
+        super().__init__(routes, timeout_s=timeout_s)
+        self.path = path
+        self._inode = 0
+
+    async def start(self) -> None:
+        """Listen. TryLater when another supervisor answers there; PermissionMissing, StorageFailed."""
+        try:
+            listener = _listen(self.path)
+            self._inode = self.path.lstat().st_ino
+        except OSError as error:
+            raise storage_error(error, f"listen on {self.path}") from error
+        self._server = await asyncio.start_unix_server(self._accept, sock=listener)
+
+    def _forget(self) -> None:
+        """The socket's file is removed if it is still ours."""
+        with contextlib.suppress(OSError):
+            if self.path.lstat().st_ino == self._inode:
+                self.path.unlink()
+
+
+class TcpServer(HttpServer):
+    """On an address, which is no name: nobody waits for a resolver here."""
+
+    def __init__(self, host: str, port: int, routes: Mapping[str, Route], *, timeout_s: float = CLIENT_TIMEOUT_S) -> None:
+        super().__init__(routes, timeout_s=timeout_s)
+        self.host, self.port = host, port
+
+    async def start(self) -> None:
+        """Listen. OSError when somebody has the port, or the host has no such address."""
+        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+        listener = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+        try:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind((self.host, self.port))
+            listener.listen(CONNECTIONS_MAX)
+            self._server = await asyncio.start_server(self._accept, sock=listener)
+        except BaseException:
+            listener.close()
+            raise
 
 
 async def _read_request(reader: asyncio.StreamReader, connection: h11.Connection) -> h11.Request:
