@@ -23,9 +23,11 @@ from vllmd.instance.checking import check_host
 from vllmd.instance.clockwork import Clockwork
 from vllmd.instance.control import serve_control
 from vllmd.instance.engine_life import EngineLife
+from vllmd.instance.judging import Judge
 from vllmd.instance.locking import InstanceLock
 from vllmd.instance.resolving import resolve
-from vllmd.instance.watching import watch
+from vllmd.instance.vitals import Vitals
+from vllmd.instance.watching import Watch
 from vllmd.models import wire
 from vllmd.models.amounts import size
 from vllmd.models.whereabouts import WORDS
@@ -60,12 +62,15 @@ class Daemon:
             configuration=paths.instance_config(name),
         )
         self.clockwork = Clockwork(notifier)
+        self.vitals = Vitals()
+        self.judge = Judge(journal, self.vitals, self.post, lambda: self.config.watch)
         self._events: asyncio.Queue[Any] = asyncio.Queue()
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._exit: int | None = None
         self._plan: Plan | None = None
         self._context: Context | None = None
         self._engine: EngineLife | None = None
+        self._watcher: Watch | None = None
 
     # -- the one owner of the state
 
@@ -244,9 +249,8 @@ class Daemon:
 
     async def _watch(self) -> None:
         assert self._engine is not None
-        verdict = await watch(self._engine.probe, lambda: self.config.watch)
-        self.journal.event("engine-unhealthy", verdict.what, priority=3)
-        self.post(ev.VerdictReached(record.failure_of(verdict)))
+        self._watcher = Watch(self._engine, self.judge, self.vitals, self.journal, lambda: self.config.watch)
+        await self._watcher.run()
 
     def _stopping(self) -> None:
         bound = self._plan.deadlines.stop_s if self._plan else 10.0
@@ -310,8 +314,8 @@ class Daemon:
             self.config, waiting = taken
             self.board.set(needs_restart=list(waiting))
             self._apply_log()
-            if "watch" in self._tasks:  # it may sleep for an interval that was long until now
-                self._task("watch", self._watch())
+            if self._watcher is not None:  # it may sleep for an interval that was long until now
+                self._watcher.wake()
 
     def _apply_log(self) -> None:
         self.journal.level = LEVELS[self.config.log.level]

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from vllmd.core.pulse import Canary, Pulse, Rank, Sample, Silence
+from vllmd.core.pulse import SILENT, Canary, Pulse, Rank, Sample, Silence
 
 Reply = Literal["ok", "timeout", "failed", "refused", "void"]
 """To a proof of life. `failed`: a 5xx, or a 200 that proves nothing; `refused`: a 4xx; `void`: no connection."""
-SILENT = frozenset({"timeout", "reset"})
 ALONE = ""
 """The rank of an engine that shows no ranks."""
 RETRY_S = 5.0
@@ -207,18 +206,19 @@ class Liveness:
             and at >= pulse.proof_at + (self.limits.canary_interval_s if not pulse.failed else 0)
         ]
 
-    def asked(self, name: str, at: float) -> None:
-        self.pulses[name].canary = Canary(at)
+    def asked(self, name: str, at: float) -> Canary:
+        canary = self.pulses[name].canary = Canary(at)
+        return canary
 
-    def replied(self, name: str, reply: Reply, at: float, *, detail: str = "", computing: bool = False) -> Finding | None:
+    def replied(self, name: str, canary: Canary, reply: Reply, at: float, *, detail: str = "", computing: bool = False) -> Finding | None:
         """What came of it. `computing`: the engine used the CPU meanwhile, which is all that is known of one without a heartbeat."""
         pulse = self.pulses.get(name)
-        if pulse is None or pulse.canary is None:  # the clocks began anew meanwhile
+        if pulse is None or pulse.canary is not canary:  # the clocks began anew meanwhile
             return None
         if reply == "timeout" and name != ALONE:
-            pulse.canary.expired_at = at  # the next reading decides
+            canary.expired_at = at  # the next reading decides
             return None
-        canary, pulse.canary = pulse.canary, None
+        pulse.canary = None
         if reply in ("ok", "refused") or (reply == "timeout" and computing):
             pulse.proof_at, pulse.failed = at, 0
         else:

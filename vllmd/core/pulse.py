@@ -11,6 +11,7 @@ from typing import Literal
 
 Outcome = Literal["ok", "absent", "sleeping", "503", "error", "invalid", "refused", "timeout", "reset"]
 """Of one reading. `absent`: answered, and this engine shows no heartbeat. `error`: another status than 200 and 503."""
+SILENT: frozenset[Outcome] = frozenset({"timeout", "reset"})
 BUSY_CORES = 0.2
 """A server that computes less than this share of a core while it answers nobody does not compute."""
 

@@ -70,7 +70,7 @@ async def prove(probe: Probe, proofs: Sequence[ProofRequest], say: Callable[[str
     """Sends the proof of life; returns what proved it. EngineFailed when the engine answers and the answer is no life."""
     for proof in proofs:
         answer, complaint = await _try(probe, proof, say)
-        if answer.outcome == "answered" and answer.status == 404 and not _names_model(answer):
+        if answer.outcome == "answered" and answer.status == 404 and not names_model(answer):
             continue
         if complaint:
             what = f"the engine answers {probe.health_path}, but not {proof.describe}: {complaint}"
@@ -117,7 +117,7 @@ def _decoded(body: bytes) -> Any:
         return body.decode(errors="replace")
 
 
-def _names_model(answer: Answer) -> bool:
+def names_model(answer: Answer) -> bool:
     """A 404 that speaks of the model comes from a route that exists."""
     return b"model" in answer.body.lower()
 

@@ -16,6 +16,11 @@ def boot_id() -> str:
         return ""
 
 
+def boottime() -> float:
+    """Seconds since boot that also count while the machine is suspended, which the monotonic clock's do not."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 @dataclass(frozen=True, slots=True)
 class ProcessStat:
     """Of /proc/PID/stat. `start_time` in clock ticks since boot: with the pid it names a process for as long as the host

@@ -13,7 +13,7 @@ import ipaddress
 import socket
 import struct
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +56,10 @@ async def request(
     headers: Mapping[str, str] | None = None,
     timeout_s: float,
     limit_bytes: int = 1 << 20,
+    sink: Callable[[bytes], None] | None = None,
 ) -> Answer:
-    """Ask once. Never raises for what the network or the other side does."""
+    """Ask once. Never raises for what the network or the other side does. `sink` gets the body as it comes, and Answer.body
+    stays empty: a body that is only looked through need not be held."""
     started = time.monotonic()
 
     def answer(outcome: Outcome, status: int = 0, content: bytes = b"", detail: str = "") -> Answer:
@@ -65,7 +67,7 @@ async def request(
 
     try:
         async with asyncio.timeout(timeout_s):
-            status, content = await _exchange(endpoint, method, path, body, headers or {}, limit_bytes)
+            status, content = await _exchange(endpoint, method, path, body, headers or {}, limit_bytes, sink)
             return answer("answered", status, content)
     except TimeoutError:
         return answer("timeout", detail=f"no answer within {timeout_s:g} s")
@@ -80,7 +82,13 @@ class _TooLargeError(Exception):
 
 
 async def _exchange(
-    endpoint: Endpoint, method: str, path: str, body: bytes, headers: Mapping[str, str], limit_bytes: int
+    endpoint: Endpoint,
+    method: str,
+    path: str,
+    body: bytes,
+    headers: Mapping[str, str],
+    limit_bytes: int,
+    sink: Callable[[bytes], None] | None,
 ) -> tuple[int, bytes]:
     loop = asyncio.get_running_loop()
     # First: a starting engine refuses hundreds of probes while it needs every core, and those need no request.
@@ -90,7 +98,7 @@ async def _exchange(
         sent = _request_bytes(connection, endpoint, method, path, body, headers)
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it may answer 4xx without reading all of it
             await loop.sock_sendall(link, sent)
-        return await _receive(loop, link, connection, limit_bytes)
+        return await _receive(loop, link, connection, limit_bytes, sink)
     finally:
         link.close()
 
@@ -106,8 +114,11 @@ def _request_bytes(
     return sent + (connection.send(h11.EndOfMessage()) or b"")
 
 
-async def _receive(loop: asyncio.AbstractEventLoop, link: socket.socket, connection: h11.Connection, limit_bytes: int) -> tuple[int, bytes]:
-    status, content, received = 0, bytearray(), 0
+async def _receive(
+    loop: asyncio.AbstractEventLoop, link: socket.socket, connection: h11.Connection, limit_bytes: int, sink: Callable[[bytes], None] | None
+) -> tuple[int, bytes]:
+    status, content, received, length = 0, bytearray(), 0, 0
+    take = sink or content.extend
     while True:
         event: Any = connection.next_event()
         if event is h11.NEED_DATA:
@@ -124,8 +135,9 @@ async def _receive(loop: asyncio.AbstractEventLoop, link: socket.socket, connect
         elif isinstance(event, h11.Response):
             status = event.status_code
         elif isinstance(event, h11.Data):
-            content += event.data
-            if len(content) > limit_bytes:
+            take(event.data)
+            length += len(event.data)
+            if length > limit_bytes:
                 raise _TooLargeError(f"the answer is larger than {limit_bytes} bytes")
         elif isinstance(event, h11.EndOfMessage):
             return status, bytes(content)

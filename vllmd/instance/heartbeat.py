@@ -1,0 +1,60 @@
+"""One reading of the engine's heartbeat over HTTP, as core/pulse wants it; and, where nobody answers, whether they compute."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+from vllmd.core.pulse import SILENT, Outcome, Rank, Sample
+from vllmd.engines.protocol import Beating, Engine
+from vllmd.instance.probing import Probe
+from vllmd.preflight.ports import listeners_of
+from vllmd.system import procfs
+from vllmd.system.family import Family
+from vllmd.system.host import cpu_seconds
+from vllmd.system.http import Answer, request
+
+
+class Heartbeat:
+    """An engine that is not Beating is asked for its health instead: it then shows whether it answers, and no ranks."""
+
+    def __init__(self, engine: Engine, probe: Probe, family: Family) -> None:
+        self._engine = engine
+        self._endpoint = probe.endpoint
+        self._health_path = probe.health_path
+        self._family = family
+
+    async def read(self, timeout_s: float) -> Sample:
+        asked_at = time.monotonic()
+        outcome, ranks = await self._ask(timeout_s)
+        cpu_s, stopped = self._front() if outcome in SILENT else (0.0, False)
+        return Sample(asked_at, time.monotonic(), outcome, ranks, cpu_s, stopped)
+
+    async def _ask(self, timeout_s: float) -> tuple[Outcome, Mapping[str, Rank]]:
+        engine = self._engine
+        if not isinstance(engine, Beating):
+            answer = await request(self._endpoint, "GET", self._health_path, timeout_s=timeout_s)
+            return ("absent", {}) if answer.outcome == "answered" and answer.status != 503 else (_outcome(answer), {})
+        reading = engine.heartbeat()
+        limit = engine.heartbeat_limit_bytes
+        answer = await request(self._endpoint, "GET", engine.heartbeat_path, timeout_s=timeout_s, limit_bytes=limit, sink=reading.feed)
+        return reading.result() if answer.outcome == "answered" and answer.status == 200 else (_outcome(answer), {})
+
+    def _front(self) -> tuple[float, bool]:
+        """CPU time of the processes that hold the listening socket, and whether all are stopped. Of the whole family where
+        they cannot be told: workers of some engines spin when they wait, and would be taken for a server that computes."""
+        pids = self._family.pids()
+        inodes = [listener.inode for listener in listeners_of(self._endpoint) if listener.inode]
+        holders = {pid for found in procfs.socket_holders(inodes, pids).values() for pid in found}
+        stats = [found for pid in holders if (found := procfs.stat(pid)) is not None]
+        if not stats:
+            return self._family.cpu_s(), False
+        return sum(map(cpu_seconds, holders)), all(each.state == "T" for each in stats)
+
+
+def _outcome(answer: Answer) -> Outcome:
+    if answer.outcome != "answered":
+        return answer.outcome
+    if answer.status == 503:
+        return "503"
+    return "absent" if answer.status == 404 else "error"
