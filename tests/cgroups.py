@@ -6,6 +6,7 @@ import contextlib
 import os
 from itertools import count
 from pathlib import Path
+from typing import Self
 
 from tests import procs
 from tests.needs import need
@@ -87,3 +88,32 @@ def _hierarchy_of(controller: str) -> Path | None:
         if kind.startswith("cgroup ") and controller in kind.split()[-1].split(","):
             return Path(place.split()[4])
     return None
+
+
+class Frozen:
+    """Processes that sit in the kernel in state D and do not die of SIGKILL, as in a driver's call: those in a frozen group of
+    the old freezer. They die when it closes. Skips the test where there is no such hierarchy."""
+
+    def __init__(self) -> None:
+        top = _hierarchy_of("freezer")
+        need(top is not None and os.access(top, os.W_OK), "the old freezer, in a hierarchy that this user may write to")
+        assert top is not None
+        self.path = top / f"vllmd-test-frozen-{os.getpid()}-{next(_numbers)}"
+        self.path.mkdir()
+
+    def freeze(self, pid: int) -> None:
+        (self.path / "cgroup.procs").write_text(str(pid))
+        (self.path / "freezer.state").write_text("FROZEN")
+        procs.wait_until("state D", lambda: (self.path / "freezer.state").read_text() == "FROZEN\n")
+
+    def thaw(self) -> None:
+        (self.path / "freezer.state").write_text("THAWED")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.thaw()
+        procs.kill_all(int(line) for line in (self.path / "cgroup.procs").read_text().split())
+        procs.wait_until("an empty group", lambda: not (self.path / "cgroup.procs").read_text())
+        self.path.rmdir()

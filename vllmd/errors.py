@@ -19,7 +19,10 @@ a bug of ours: it keeps its traceback and exits 70.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import IntEnum
+from types import MappingProxyType
+from typing import Any
 
 
 class Status(IntEnum):
@@ -49,6 +52,8 @@ class VllmdError(Exception):
     """
 
     status: Status = Status.SOFTWARE
+    more: Mapping[str, Any] = MappingProxyType({})
+    """What last.json says beside it, for those who look closer."""
 
     def __init__(self, code: str, what: str, hint: str = "", *, status: Status | None = None) -> None:
         super().__init__(what)

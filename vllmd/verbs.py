@@ -43,15 +43,15 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
         prepared = stages.prepare(options.name, paths, environ, options.overrides)
         return asyncio.run(Daemon(prepared, notifier, journal).run())
     except VllmdError as error:
-        failure = record.failure_of(error)
+        failure, more = record.failure_of(error), error.more
     except Exception as error:
-        failure = record.unexpected(error, journal)
+        failure, more = record.unexpected(error, journal), {}
     finally:
         journal.close()
     notifier.status(f"Failed: {failure.what}" + (f" ({failure.hint})" if failure.hint else ""))
     journal.event("failed", failure.what, priority=3, code=failure.code, hint=failure.hint, exit_status=failure.status)
     if failure.code != "instance_locked":  # then last.json is the running supervisor's to write
-        record.write_last(paths.instance_state(options.name), options.name, failure.status, failure)
+        record.write_last(paths.instance_state(options.name), options.name, failure.status, failure, **more)
     journal.close()
     return failure.status
 

@@ -9,6 +9,7 @@ import os
 import signal
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,13 @@ class EngineLife:
 
     async def sweep(self) -> None:
         """Ends what an earlier life of this instance left (its supervisor was killed): our own, and nothing else."""
-        swept = await self.family.sweep()
-        swept += await launches.recover(self._state)
-        for leftover in swept:
-            self._journal.event("leftovers-swept", f"ended what an earlier launch had left: {leftover}", priority=4)
-            if not leftover.gone:
-                raise await self._unkillable(f"an earlier launch cannot be ended: {leftover}", leftover.pids)
+        for sweep in (self.family.sweep, partial(launches.recover, self._state)):
+            for leftover in await sweep(timeout_s=self.plan.deadlines.kill_s):
+                if not leftover.gone:
+                    error = await self._unkillable(f"an earlier launch cannot be ended: launch {leftover.launch_id}", leftover.pids)
+                    self._journal.event("unkillable", error.what, priority=2, hint=error.hint)
+                    raise error
+                self._journal.event("leftovers-swept", f"ended what an earlier launch had left: {leftover}", priority=4)
 
     # -- spawn
 
@@ -291,7 +293,9 @@ class EngineLife:
                 self._stuck = await in_thread(lambda: stuck.look(pids)) or self._stuck
         named = stuck.describe(self._stuck) or "unknown processes"
         hint = "They hang in the kernel, mostly in a GPU driver or a dead network file system: `journalctl -k -e`. The host may need a reboot."
-        return TryLater("unkillable", f"{what}: {named}", hint)
+        error = TryLater("unkillable", f"{what}: {named}", hint)
+        error.more = {"unkillable": [each.as_dict() for each in self._stuck]}
+        return error
 
     def _clean(self) -> None:
         self._port.release()
