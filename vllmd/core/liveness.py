@@ -20,6 +20,8 @@ Reply = Literal["ok", "timeout", "failed", "refused", "void"]
 """To a proof of life. `failed`: a 5xx, or a 200 that proves nothing; `refused`: a 4xx; `void`: no connection."""
 ALONE = ""
 """The rank of an engine that shows no ranks."""
+FLOOR_S = 0.02
+SILENT_TIMEOUT_MIN_S = 0.5
 RETRY_S = 5.0
 """After a proof of life that failed the next one follows soon: a single 5xx is an accident."""
 
@@ -87,6 +89,17 @@ class Liveness:
     def next_at(self) -> float:
         """When something may become due, so that nobody sleeps past it; infinity where nothing is."""
         return min(self._deadlines(), default=float("inf"))
+
+    def pause_s(self, idle_s: float, busy_s: float, at: float) -> float:
+        """Until the next reading: the shorter one while it is worth a closer look, and never past what becomes due."""
+        interval_s = min(idle_s, busy_s) if self.is_busy else idle_s
+        return max(FLOOR_S, min(interval_s, self.next_at() - at))
+
+    def timeout_s(self, most_s: float, at: float) -> float:
+        """Of the next reading: while nobody answers, no longer than until the verdict."""
+        if self._silence is None:
+            return most_s
+        return min(most_s, max(self.next_at() - at, SILENT_TIMEOUT_MIN_S))
 
     def _deadlines(self) -> Iterator[float]:
         if self._silence is not None and self.limits.hang_s:

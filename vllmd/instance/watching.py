@@ -14,7 +14,7 @@ from typing import Any
 from vllmd.config.settings import Watch as Settings
 from vllmd.core.health import Refusals
 from vllmd.core.liveness import ALONE, Finding, Limits, Liveness
-from vllmd.core.pulse import SILENT, Canary, Sample
+from vllmd.core.pulse import BUSY_CORES, Canary, Sample
 from vllmd.engines.protocol import Beating
 from vllmd.errors import EngineFailed, TryLater, VllmdError
 from vllmd.instance import canary as canaries
@@ -35,9 +35,6 @@ DEATH_LOOK_S = 0.05
 DEATH_LOOKS_FOR_S = 2.0
 DEATH_REFUSALS = 2
 NAMED_MAX = 4
-FLOOR_S = 0.02
-SILENT_TIMEOUT_MIN_S = 0.5
-BUSY_CORES = 0.2
 
 
 def limits_of(settings: Settings) -> Limits:
@@ -99,11 +96,11 @@ class Watch:
             settings = self._settings()
             self._liveness.limits = limits_of(settings)
             if not self._stood_still(planned_s):
-                timeout_s = self._timeout_s(settings)
+                timeout_s = self._liveness.timeout_s(settings.request_timeout_s, time.monotonic())
                 sample = await self._heartbeat.read(timeout_s)
                 if not self._stood_still(timeout_s):
                     self._take(sample)
-            planned_s = self._pause_s(settings)
+            planned_s = self._liveness.pause_s(settings.interval_s, settings.heartbeat_interval_s, time.monotonic())
             await _sleep(planned_s, self._wake)
 
     def _stood_still(self, planned_s: float) -> bool:
@@ -111,19 +108,6 @@ class Watch:
         if reason:
             self._journal.event("clock-gap", f"{reason}; the watch begins anew", priority=5)
         return bool(reason)
-
-    def _timeout_s(self, settings: Settings) -> float:
-        """No longer than until the verdict, while nobody answers."""
-        if self._liveness.outcome not in SILENT:
-            return settings.request_timeout_s
-        left = self._liveness.next_at() - time.monotonic()
-        return min(settings.request_timeout_s, max(left, SILENT_TIMEOUT_MIN_S))
-
-    def _pause_s(self, settings: Settings) -> float:
-        interval_s = settings.interval_s
-        if self._liveness.is_busy:
-            interval_s = min(interval_s, settings.heartbeat_interval_s)
-        return max(FLOOR_S, min(interval_s, self._liveness.next_at() - time.monotonic()))
 
     def _take(self, sample: Sample) -> None:
         finding = self._liveness.scraped(sample)
