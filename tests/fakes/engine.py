@@ -32,6 +32,7 @@ S are seconds (fractions allowed), counted from the start of the process or, wit
 | FAKE_SIGTERM_STARTING | lost, wedge, die | while starting: goes on to ready; never gets there; ends. A second one always ends it |
 | FAKE_DEATH_S | 3 | from the death of EngineCore or a Worker to the API server's exit with 0 |
 | FAKE_CORE | ok, exit@S, stop@S | EngineCore exits, or is stopped as by SIGSTOP, S after ready |
+| FAKE_HOG | MB:FILE | the Worker takes so much memory as soon as FILE exists |
 | FAKE_STRAY | setsid,fork,rename,ignore,env,port | a further process: in a session of its own, double-forked, renamed, ignoring every signal, with an empty environment, holding the port |
 | FAKE_CROWD | 0 | so many further processes, with the properties of FAKE_STRAY, or ignoring every signal |
 | FAKE_BOMB | DEPTH@S | a fork bomb of 2^DEPTH processes, S after ready; one whose fork is refused tries for ever |

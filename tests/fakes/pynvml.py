@@ -1,5 +1,6 @@
 """A stand-in for the NVML binding, put before it on the module path: its GPUs are what NVML_FAKE says, as JSON.
 
+    @/path                  the same, read anew from this file by each process
     {"error": 9}            nvmlInit fails with this code
     {"hang": true}          nvmlDeviceGetCount never returns
     {"gpus": [{...}]}       figures by name; a number in "fails" is the code of every call on that GPU
@@ -10,11 +11,13 @@ from __future__ import annotations
 import json
 import os
 import time
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 NVML_TEMPERATURE_GPU = 0
-_STATE = json.loads(os.environ.get("NVML_FAKE", "{}"))
+_GIVEN = os.environ.get("NVML_FAKE", "{}")
+_STATE = json.loads(Path(_GIVEN[1:]).read_text() if _GIVEN.startswith("@") else _GIVEN)
 
 
 class NVMLError(Exception):
@@ -85,3 +88,20 @@ def nvmlDeviceGetCudaComputeCapability(gpu: Any) -> Any:
 def nvmlDeviceGetFieldValues(gpu: Any, fields: list[int]) -> list[Any]:
     assert fields == [230]
     return [SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=_figure(gpu, "recovery")))]
+
+
+def nvmlDeviceGetComputeRunningProcesses(gpu: Any) -> list[Any]:
+    return [SimpleNamespace(pid=int(pid), usedGpuMemory=mib << 20) for pid, mib in _figure(gpu, "processes").items()]
+
+
+def nvmlDeviceGetMigMode(gpu: Any) -> list[int]:
+    _figure(gpu, "mig")
+    return [1, 1]
+
+
+def nvmlDeviceGetMaxMigDeviceCount(gpu: Any) -> int:
+    return len(_figure(gpu, "mig"))
+
+
+def nvmlDeviceGetMigDeviceHandleByIndex(gpu: Any, index: int) -> Any:
+    return _figure(gpu, "mig")[index]

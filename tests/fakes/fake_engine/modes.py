@@ -58,6 +58,7 @@ class Modes:
     sigterm_starting: str = mode("lost")
     death_s: float = mode("3", float)
     core: Timed = mode("ok", timed)
+    hog: str = mode("")
     stray: frozenset[str] = mode("", traits)
     crowd: int = mode("0", int)
     bomb: Timed = mode("", timed)

@@ -12,10 +12,12 @@ import os
 import select
 import signal
 import socket
+import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from .modes import Modes
 from .output import Output
@@ -79,6 +81,7 @@ class Worker:
         self.load(output)
         output.log("Loading weights took 0.01 seconds", place="default_loader.py:501")
         self.core.send(END_OF_LOAD)
+        start_hog(self.modes.hog)
         while self.core.recv(16):
             self.core.send(b"step")
 
@@ -98,6 +101,20 @@ class Worker:
         while self.modes.progress == "cpu" and time.monotonic() < until:
             pass
         time.sleep(max(0.0, until - time.monotonic()))
+
+
+def start_hog(mode: str) -> None:
+    megabytes, _, file = mode.partition(":")
+    if file:
+        threading.Thread(target=hog, args=(int(megabytes), file), daemon=True).start()
+
+
+def hog(megabytes: int, file: str) -> None:
+    while not Path(file).exists():
+        time.sleep(0.05)
+    held = [os.urandom(1 << 20) for _ in range(megabytes)]
+    while held:
+        time.sleep(60)
 
 
 @dataclass
