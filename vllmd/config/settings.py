@@ -190,6 +190,7 @@ class Watch:
     silent_timeout_s: float = setting(600.0, p.seconds(above=0), "VLLMD_SILENT_TIMEOUT_S", "A server that answers nothing for this long is hung, though it uses the CPU.", unit="s", restart=False)
     canary_interval_s: float = setting(300.0, p.seconds(low=0), "VLLMD_CANARY_INTERVAL_S", "An engine idle for this long is asked for one proof of life; never a busy one. 0: never.", unit="s", restart=False)
     canary_timeout_s: float = setting(60.0, p.seconds(above=0), "VLLMD_CANARY_TIMEOUT_S", "Deadline of that proof of life.", unit="s", restart=False)
+    keep_incidents: int = setting(10, p.integer(low=1, high=100), "VLLMD_KEEP_INCIDENTS", "Incidents that are kept (`vllmctl incidents`); the first of a series of the same failure stays beside them.", restart=False)
     observe: tuple[str, ...] = setting((), p.subset(*DETECTORS), "VLLMD_WATCH_OBSERVE", "Detectors whose verdicts end nothing: they are only counted, and journalled.", restart=False)
 
 

@@ -30,7 +30,7 @@ class Row:
     status: int
 
     def event(self, code: str) -> str:
-        return code.replace("_", "-")
+        return "cause-" + code.replace("_", "-")
 
 
 CAUSES: dict[str, Row] = {

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
+from vllmd.core.faults import Signs
 from vllmd.core.plan import Command, Endpoint, Installed
 from vllmd.core.pulse import Outcome, Rank
 from vllmd.errors import ConfigError
@@ -138,3 +139,13 @@ class Beating(Protocol):
 
     def addressed(self, request: ProofRequest, rank: str) -> ProofRequest:
         """The same request for that rank alone, where the engine can be told; else as it is."""
+
+
+@runtime_checkable
+class Diagnosing(Protocol):
+    """An engine whose own words tell why it failed."""
+
+    signs: Signs
+
+    def compile_caches(self, context: Context) -> tuple[Path, ...]:
+        """Directories of compiled code below paths.cache, which it makes again when they are gone."""

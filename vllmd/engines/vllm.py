@@ -18,6 +18,7 @@ from vllmd.engines import (
     record,
     vllm_check,
     vllm_config_file,
+    vllm_faults,
     vllm_flags,
     vllm_heartbeat,
     vllm_host,
@@ -40,6 +41,7 @@ class Vllm:
     health_path = "/health"
     phases: Sequence[str] = vllm_logs.PHASES
     artifact = "huggingface"
+    signs = vllm_faults.SIGNS
     heartbeat_path = "/metrics"
     heartbeat_limit_bytes = vllm_heartbeat.LIMIT_BYTES
 
@@ -99,6 +101,10 @@ class Vllm:
 
     def devices(self, context: Context) -> int:
         return vllm_check.devices(context)
+
+    def compile_caches(self, context: Context) -> tuple[Path, ...]:
+        cache = context.paths.cache
+        return cache / "vllm/torch_compile_cache", cache / "inductor", cache / "triton"
 
     def read_line(self, line: str) -> LogFact:
         return vllm_logs.read_line(line)

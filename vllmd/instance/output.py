@@ -12,6 +12,8 @@ from vllmd.system.journal import Journal
 from vllmd.system.terminal import Stderr, printable
 
 KEPT_LINES = 200
+SEARCHED_LINES, SEARCHED_CHARACTERS = 3000, 1000
+"""A cause is looked for further up: eight workers write a hundred lines each about the one that failed first."""
 SHOWN_BYTES = 400
 
 _CAUSE = re.compile(r"\b([A-Z]\w*(?:Error|Exception|Interrupt)\b: .+|error: .+|SIG[A-Z]+\b.*)")
@@ -31,6 +33,7 @@ class Output:
         self._on_fact = on_fact
         self._phase = ""
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
+        self.recent: deque[str] = deque(maxlen=SEARCHED_LINES)
         self.dropped = 0
 
     def line(self, text: str) -> None:
@@ -39,7 +42,9 @@ class Output:
         text = self._redact(text)
         fact = self._engine.read_line(text)
         self._phase = fact.phase or self._phase
-        self.lines.append(printable(text))  # they go into last.json, STATUS= and other people's terminals
+        shown = printable(text)
+        self.lines.append(shown)  # they go into last.json, STATUS= and other people's terminals
+        self.recent.append(shown[:SEARCHED_CHARACTERS])
         self._journal.engine_line(text, fact.priority, phase=self._phase)
         self._on_fact(fact)
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vllmd.system import cause_messages
+
 _UNIT = "vllmd@@VLLMD_INSTANCE@.service"
 _LOOK = "vllmctl status @VLLMD_INSTANCE@"
 
@@ -216,12 +218,20 @@ MESSAGES: dict[str, Kind] = {
         "the start. The message names who has it, where that can be seen. The supervisor ends with status 75, and the next\n"
         "start waits for the memory again. `vllmctl gpu` and `nvidia-smi` show it; a process in state D goes with a reboot.",
     ),
+    "metrics-unavailable": Kind(
+        "46155564c9e065f5a01a8a8dc41ded73",
+        "Instance @VLLMD_INSTANCE@ cannot publish its metrics",
+        "The address of metrics.listen is not free, or the file of metrics.textfile cannot be written; the message says which,\n"
+        "and why. The model is served all the same, and it is tried again by itself. `ss -ltnp` shows who has a port. A changed\n"
+        f"setting applies after `systemctl reload {_UNIT}`, without an interruption.",
+    ),
     "lines-dropped": Kind(
         "449d236bf9644d53b2cbe57358dddd17",
         "Lines of the engine of instance @VLLMD_INSTANCE@ were dropped",
         "The engine wrote more than log.lines_per_s, or the journal did not take what we sent for a while. The\n"
         "supervisor's own messages are dropped last. `systemctl status systemd-journald` shows whether it runs.",
     ),
+    **{event: Kind(*row) for event, row in cause_messages.CAUSES.items()},
 }
 
 
