@@ -17,7 +17,7 @@ from vllmd.core.lifecycle import Impossible, Life, State, step
 from vllmd.core.plan import Plan, ResolvedModel
 from vllmd.engines.protocol import Context
 from vllmd.errors import Status, VllmdError
-from vllmd.instance import record, reload, signals
+from vllmd.instance import metrics, record, reload, signals
 from vllmd.instance.board import Board
 from vllmd.instance.checking import check_host
 from vllmd.instance.clockwork import Clockwork
@@ -25,6 +25,8 @@ from vllmd.instance.control import serve_control
 from vllmd.instance.engine_life import EngineLife
 from vllmd.instance.judging import Judge
 from vllmd.instance.locking import InstanceLock
+from vllmd.instance.metric_samples import Facts
+from vllmd.instance.publishing import Publisher
 from vllmd.instance.resolving import resolve
 from vllmd.instance.vitals import Vitals
 from vllmd.instance.watching import Watch
@@ -71,6 +73,14 @@ class Daemon:
         self._context: Context | None = None
         self._engine: EngineLife | None = None
         self._watcher: Watch | None = None
+        self._publisher: Publisher | None = None
+        self.facts = Facts(
+            self.board,
+            self.vitals,
+            watch=lambda: self.config.watch,
+            journal_dropped=lambda: journal.dropped,
+            lines_dropped=lambda: self._engine.output.dropped if self._engine else 0,
+        )
 
     # -- the one owner of the state
 
@@ -80,7 +90,10 @@ class Daemon:
         self._apply_log()
         self.journal.attach(asyncio.get_running_loop())
         with InstanceLock(self.prepared.paths, self.prepared.instance):
-            control = await serve_control(self.board, self.journal, lambda: self._engine.output.dropped if self._engine else 0)
+            figures = metrics.route(self.facts)
+            control = await serve_control(self.board, figures)
+            publisher = self._publisher = Publisher(self.prepared.instance, figures, self.journal)
+            publisher.apply(self.config.metrics)
             self._task("ticks", self._ticks())
             try:
                 await self._begin()
@@ -90,6 +103,7 @@ class Daemon:
                 raise
             finally:
                 self._cancel_all()
+                await publisher.close()
                 await control.close()
                 self.board.close()
 
@@ -314,6 +328,8 @@ class Daemon:
             self.config, waiting = taken
             self.board.set(needs_restart=list(waiting))
             self._apply_log()
+            if self._publisher is not None:
+                self._publisher.apply(self.config.metrics)
             if self._watcher is not None:  # it may sleep for an interval that was long until now
                 self._watcher.wake()
 

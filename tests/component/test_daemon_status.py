@@ -96,11 +96,11 @@ def test_metrics_are_prometheus_text() -> None:
         instance.wait_ready()
         code, text = instance.control("/metrics")
         assert code == 200
-        assert "vllmd_ready 1.0" in text
-        assert 'vllmd_state{state="ready"} 1.0' in text
-        assert 'vllmd_state{state="killing"} 0.0' in text
-        assert 'vllmd_start_phase_seconds{phase="spawn"}' in text
-        assert 'vllmd_dropped_total{what="engine_lines"} 0.0' in text
+        assert 'vllmd_ready{name="demo"} 1.0' in text
+        assert 'vllmd_state{name="demo",state="ready"} 1.0' in text
+        assert 'vllmd_state{name="demo",state="killing"} 0.0' in text
+        assert 'vllmd_start_phase_seconds{name="demo",phase="spawn"}' in text
+        assert 'vllmd_dropped_total{name="demo",what="engine_lines"} 0.0' in text
 
 
 def test_a_failure_is_in_status_json_with_code_what_and_hint() -> None:

@@ -120,7 +120,7 @@ def listen_address(value: object) -> str:
     """'127.0.0.1:9108', '[::1]:9108', '/run/x.sock'. An address, no name: whoever listens must not wait for a resolver."""
     string = string_of(value)
     if not string or string[:1] in "/~":
-        return absolute_path(string)
+        return str(absolute_path(string))
     address, _, port = string.rpartition(":")
     bare = address[1:-1] if address.startswith("[") and address.endswith("]") else address
     try:

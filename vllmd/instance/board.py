@@ -43,7 +43,9 @@ class Board:
         self._told = ""
         self._flush: asyncio.TimerHandle | None = None
         self.phase_began = self._born = time.monotonic()
+        self.born_at = time.time()
         self.phase_seconds: dict[str, float] = {}
+        self.start_s: float | None = None
         self.document: dict[str, Any] = {
             "schema": SCHEMA,
             "instance": instance,
@@ -92,6 +94,8 @@ class Board:
         if self.document["phase"]:
             self.phase_seconds[self.document["phase"]] = time.monotonic() - self.phase_began
         self.phase_began = time.monotonic()
+        if phase == "ready":
+            self.start_s = self.age_s
         self.document |= {"phase": phase, "progress": dict(NO_PROGRESS)}
         self.soon()
 
