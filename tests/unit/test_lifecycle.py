@@ -29,6 +29,8 @@ SAMPLES: list[ev.Event] = [
     ev.EngineExited(LOST),
     ev.VerdictReached(LOST),
     ev.StartExpired(LOST),
+    ev.Paused(),
+    ev.Resumed(),
     ev.EvidenceGathered(NAMED),
     ev.StopRequested("signal"),
     ev.StopRequested("group"),
@@ -239,3 +241,27 @@ def test_interrupted_at_any_effect_a_stop_is_still_legal() -> None:
 def test_a_pair_that_cannot_happen_is_a_bug() -> None:
     with pytest.raises(Impossible):
         step(Life(), ev.TreeEmptied())
+
+
+@pytest.mark.parametrize("path", [START[:5], [each for each in START if not isinstance(each, ev.ModelVerified)], START], ids=["starting", "proven", "ready"])
+def test_while_paused_nothing_ends_it_and_afterwards_what_happened_does(path: list[ev.Event]) -> None:
+    paused, _ = walk([*path, ev.Paused()])
+    for event in (ev.EngineExited(LOST), ev.StageFailed(UNKILLABLE), ev.StartExpired(UNKILLABLE), ev.VerdictReached(UNKILLABLE)):
+        if classify(paused.state, type(event)) != "bug":
+            after, new = step(paused, event)
+            assert (after.state, new) == (paused.state, ())
+    exited, _ = walk([ev.EngineExited(LOST), ev.EngineExited(UNKILLABLE)], paused)
+    life, effects = step(exited, ev.Resumed())
+    assert life.state is State.EXAMINING
+    assert life.failure == LOST
+    assert effects == (ev.TellStopping(), ev.GatherEvidence(LOST))
+
+
+def test_a_pause_without_consequence_leaves_everything_as_it_was() -> None:
+    ready, _ = walk(START)
+    assert walk([ev.Paused(), ev.Resumed()], ready) == (ready, [])
+
+
+def test_a_stop_goes_on_while_paused() -> None:
+    _, effects = walk([*START, ev.Paused(), ev.EngineExited(LOST), ev.StopRequested("signal"), ev.DrainExpired(), ev.TreeEmptied()])
+    assert effects[-1] == ev.Finish(0)

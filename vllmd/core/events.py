@@ -80,6 +80,16 @@ class StartExpired:
 
 
 @dataclass(frozen=True, slots=True)
+class Paused:
+    """A person works on the instance: nothing ends it but a stop."""
+
+
+@dataclass(frozen=True, slots=True)
+class Resumed:
+    """The person is done, or the pause's time is over."""
+
+
+@dataclass(frozen=True, slots=True)
 class EvidenceGathered:
     """What the failure left is written down. `failure`: the same one, its cause named from the evidence."""
 
@@ -133,6 +143,8 @@ Event = (
     | EngineExited
     | VerdictReached
     | StartExpired
+    | Paused
+    | Resumed
     | EvidenceGathered
     | StopRequested
     | ReloadRequested

@@ -33,11 +33,14 @@ class State(StrEnum):
 @dataclass(frozen=True, slots=True)
 class Life:
     """Where an instance is. `verified`: the model's bytes are; `failure`: why it ends, the first one; no later one
-    replaces it, only the evidence names its cause."""
+    replaces it, only the evidence names its cause. `paused`: a person works on it; `pending`: what happened to the engine
+    meanwhile, and is acted upon when the pause ends."""
 
     state: State = State.CREATED
     verified: bool = False
     failure: Failure | None = None
+    paused: bool = False
+    pending: Failure | None = None
 
 
 NO_RESTART = frozenset({2, 3, 64, 65, 69, 77, 78})
@@ -90,6 +93,27 @@ def _examine(life: Life, event: ev.StageFailed | ev.EngineExited | ev.VerdictRea
     # Whoever kills first has nothing left to look at: a hung process has its stacks only while it lives.
     examined = replace(life, state=State.EXAMINING, failure=event.failure)
     return examined, (ev.TellStopping(), ev.GatherEvidence(event.failure))
+
+
+def _happened(life: Life, event: ev.StageFailed | ev.EngineExited | ev.StartExpired) -> Outcome:
+    """It will not happen again, so a pause does not lose it."""
+    if life.paused:
+        return replace(life, pending=life.pending or event.failure), ()
+    return _examine(life, event)
+
+
+def _judged(life: Life, event: ev.VerdictReached) -> Outcome:
+    """What still holds after a pause is found again."""
+    return (life, ()) if life.paused else _examine(life, event)
+
+
+def _paused(life: Life, _event: ev.Paused) -> Outcome:
+    return replace(life, paused=True), ()
+
+
+def _resumed(life: Life, _event: ev.Resumed) -> Outcome:
+    resumed = replace(life, paused=False, pending=None)
+    return (resumed, ()) if life.pending is None else _examine(resumed, ev.EngineExited(life.pending))
 
 
 def _examined(life: Life, event: ev.EvidenceGathered) -> Outcome:
@@ -154,21 +178,21 @@ TABLE: dict[tuple[State, type], Rule] = {
     #
     (S.STARTING, ev.ModelVerified): _verified,
     (S.STARTING, ev.ProofPassed): _proven,
-    (S.STARTING, ev.StageFailed): _examine,
-    (S.STARTING, ev.EngineExited): _examine,
-    (S.STARTING, ev.StartExpired): _examine,
+    (S.STARTING, ev.StageFailed): _happened,
+    (S.STARTING, ev.EngineExited): _happened,
+    (S.STARTING, ev.StartExpired): _happened,
     (S.STARTING, ev.StopRequested): _DRAIN_START,
     (S.STARTING, ev.ReloadRequested): _reload,
     #
     (S.PROVEN, ev.ModelVerified): _verified_last,
-    (S.PROVEN, ev.StageFailed): _examine,
-    (S.PROVEN, ev.EngineExited): _examine,
-    (S.PROVEN, ev.StartExpired): _examine,
+    (S.PROVEN, ev.StageFailed): _happened,
+    (S.PROVEN, ev.EngineExited): _happened,
+    (S.PROVEN, ev.StartExpired): _happened,
     (S.PROVEN, ev.StopRequested): _DRAIN,
     (S.PROVEN, ev.ReloadRequested): _reload,
     #
-    (S.READY, ev.EngineExited): _examine,
-    (S.READY, ev.VerdictReached): _examine,
+    (S.READY, ev.EngineExited): _happened,
+    (S.READY, ev.VerdictReached): _judged,
     (S.READY, ev.StopRequested): _DRAIN,
     (S.READY, ev.ReloadRequested): _reload,
     #
@@ -184,11 +208,14 @@ TABLE: dict[tuple[State, type], Rule] = {
     # A stop can overtake a spawn that is under way: what has appeared since the kill is killed too.
     (S.KILLING, ev.EngineSpawned): _KILL,
     #
+    **{(state, ev.Paused): _paused for state in (S.STARTING, S.PROVEN, S.READY)},
+    **{(state, ev.Resumed): _resumed for state in (S.STARTING, S.PROVEN, S.READY)},
+    #
     **{(state, ev.Faulted): _fail for state in State if state not in {S.EXAMINING, S.KILLING, S.STOPPED}},
 }
 
 _LATE = (ev.PreflightPassed, ev.ModelResolved, ev.ModelVerified, ev.EngineSpawned, ev.ProofPassed, ev.StageFailed,
-         ev.EngineExited, ev.VerdictReached, ev.StartExpired, ev.StopRequested, ev.ReloadRequested, ev.DrainExpired, ev.Faulted)  # fmt: skip
+         ev.EngineExited, ev.VerdictReached, ev.StartExpired, ev.Paused, ev.Resumed, ev.StopRequested, ev.ReloadRequested, ev.DrainExpired, ev.Faulted)  # fmt: skip
 """Events that were on their way when the instance began to end: they come late and change nothing."""
 
 IGNORED: frozenset[tuple[State, type]] = frozenset(
