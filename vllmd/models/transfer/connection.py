@@ -16,9 +16,9 @@ from dataclasses import dataclass
 
 import h11
 
-from vllmd.models.transfer import tls
 from vllmd.models.transfer.answers import Again
 from vllmd.models.transfer.routes import Route
+from vllmd.models.transfer.secured import Secured
 
 MAX_HEAD_BYTES = 64 << 10
 MAX_ERROR_BYTES = 64 << 10
@@ -46,6 +46,7 @@ class Connection:
         self._stall_s = stall_s
         self._lock = threading.Lock()
         self._socket: socket.socket | None = None
+        self._secured: Secured | None = None
         self._left = 0
         self._http = h11.Connection(h11.CLIENT)
         self._rest = b""
@@ -56,10 +57,16 @@ class Connection:
 
     @property
     def is_encrypted(self) -> bool:
-        return isinstance(self._socket, ssl.SSLSocket)
+        return self._secured is not None
 
     @property
-    def wire(self) -> socket.socket:
+    def wire(self) -> socket.socket | Secured:
+        """What the bytes go through."""
+        return self.plain if self._secured is None else self._secured
+
+    @property
+    def plain(self) -> socket.socket:
+        """What its bytes are on the network."""
         if self._socket is None:
             raise ConnectionError("closed")
         return self._socket
@@ -92,8 +99,7 @@ class Connection:
             self._aborted = reason
             if self._socket is not None:
                 with contextlib.suppress(OSError):
-                    # not the SSLSocket's own: that one makes the next read return what is encrypted
-                    socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+                    self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         with self._lock:
@@ -139,14 +145,10 @@ class Connection:
             self._socket = made
 
     def _wrap(self, secure: ssl.SSLContext, host: str) -> None:
-        with self._lock:
-            plain = self.wire
-            self._socket = secure.wrap_socket(plain, server_hostname=host, do_handshake_on_connect=False)
-        try:
-            with self.waiting():
-                self._socket.do_handshake()
-        except ssl.SSLCertVerificationError as error:
-            raise tls.refused(host, error) from error
+        secured = Secured(self.plain, secure, host)
+        with self.waiting():
+            secured.do_handshake()
+        self._secured = secured
 
     def _tunnel(self, authorization: str) -> None:
         headers = {"Host": f"{self.route.host}:{self.route.port}"}
@@ -248,7 +250,7 @@ class Connection:
 
     def is_idle(self) -> bool:
         """Kept, and neither closed by the other side nor with bytes that nobody asked for."""
-        if self._socket is None or self._rest:
+        if self._socket is None or self._rest or not (self._secured is None or self._secured.is_idle):
             return False
         poll = select.poll()
         poll.register(self._socket, select.POLLIN)

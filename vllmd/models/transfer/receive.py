@@ -80,7 +80,7 @@ class Receiver:
         began = now = time.monotonic()
         try:
             with source.waiting():
-                # TLS gives a record of at most 16 KiB at a time: one write for many, but none late
+                # TLS gives at most what came at once: one write for several, but none late
                 while filled < wanted and now - began < LATE_S and (count := source.wire.recv_into(buffer[filled:wanted])):
                     filled += count
                     now = time.monotonic()
@@ -99,7 +99,7 @@ class Receiver:
     def _spliced(self, source: Connection, fd: int, begin: int, end: int, name: str, moved: Callable[[int], None]) -> int:
         """Up to the end, or to where it is told of."""
         pipe = self._pipe or self._make_pipe()
-        size, wire = self._pipe_bytes, source.wire.fileno()
+        size, wire = self._pipe_bytes, source.plain.fileno()
         position, waited_s = begin, 0.0
         started = now = time.monotonic()
         try:
