@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import signal
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -15,6 +17,7 @@ from tests import procs
 from tests.cgroups import PidsLimit
 from tests.component.daemons import Tampered, assert_nothing_left, ends, quick, stop, watch_for
 from tests.component.test_daemon_output import resident_mib
+from tests.component.test_daemon_stop import open_stream
 from tests.harness import Instance
 from tests.matrix import Row, measured, wait_for_the_death_of, watch_the_end
 
@@ -107,16 +110,82 @@ def ended(instance: Instance, row: Row, status: int, code: str = "", *, ready: b
     return ends(instance, status, code or error["code"], ready=ready)
 
 
+# Hangs: /health says 200 all the while.
+
+HANG_S, CANARY_S, CANARY_TIMEOUT_S = 2.0, 1.5, 1.0
+HASTY: Mapping[str, Any] = {
+    "watch": {
+        "interval_s": 0.2,
+        "request_timeout_s": 0.5,
+        "heartbeat_interval_s": 0.1,
+        "hang_timeout_s": HANG_S,
+        "first_request_timeout_s": HANG_S,
+        "canary_interval_s": CANARY_S,
+        "canary_timeout_s": CANARY_TIMEOUT_S,
+    }
+}
+HUNG = {
+    "EngineCore, busy": ("VLLM::EngineCore", True, {}),
+    "EngineCore, idle": ("VLLM::EngineCore", False, {}),
+    "EngineCore, idle, with a heartbeat that moves without requests": ("VLLM::EngineCore", False, {"FAKE_HEARTBEAT": "ghost"}),
+    "Worker, busy": ("VLLM::Worker", True, {}),
+    "Worker, idle": ("VLLM::Worker", False, {}),
+    "API server, busy": ("vllm", True, {}),
+    "API server, idle": ("vllm", False, {}),
+    "everything, busy": ("", True, {}),
+    "everything, idle": ("", False, {}),
+}
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.soak] if name.startswith("Worker") else []) for name in HUNG])
+def test_a_stopped_process_is_a_hang_within_its_bound(name: str) -> None:
+    victim, busy, fake = HUNG[name]
+    bound = HANG_S + 2 if busy else CANARY_S + CANARY_TIMEOUT_S + 2
+    with quick({"FAKE_TOKEN_S": "0.05", **fake}, HASTY, cgroup=True) as instance, measured(f"SIGSTOP of {name}", bound) as row, contextlib.ExitStack() as stack:
+        instance.wait_ready()
+        if busy:
+            stack.enter_context(contextlib.closing(open_stream(instance, 2000)))
+            watch_for(0.5, instance, lambda: instance.daemon and instance.daemon.poll() is None)
+        pids = [instance.engine_process(victim).pid] if victim else instance.engine_pids()
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        watch_the_end(instance, row, time.monotonic(), within_s=bound + 10)
+        ended(instance, row, 75, "engine_hung")
+
+
+def test_a_heartbeat_that_stands_still_under_load_is_a_hang() -> None:
+    with quick({"FAKE_TOKEN_S": "0.05", "FAKE_HEARTBEAT": "frozen"}, HASTY, cgroup=True) as instance, measured("frozen heartbeat under load, /health 200", HANG_S + 2) as row:
+        instance.wait_ready()
+        with contextlib.closing(open_stream(instance, 2000)):
+            watch_the_end(instance, row, time.monotonic(), within_s=HANG_S + 10)
+            ended(instance, row, 75, "engine_hung")
+
+
 # What is no fault: nothing ends.
+
+JUMPY: Mapping[str, Any] = {"watch": {**HASTY["watch"], "hang_timeout_s": 0.6, "first_request_timeout_s": 0.6, "canary_interval_s": 0.3}}
+
+
+@pytest.mark.parametrize("heartbeat", ["live", "ghost", "frozen"])
+def test_an_idle_engine_that_answers_its_proofs_of_life_is_left_alone(heartbeat: str) -> None:
+    """Whatever its figures do: they move without requests, or never."""
+    with quick({"FAKE_HEARTBEAT": heartbeat}, JUMPY, cgroup=True) as instance, measured(f"idle, with a heartbeat that is {heartbeat}") as row:
+        instance.wait_ready()
+        watch_for(2.5, instance, lambda: instance.daemon and instance.daemon.poll() is None)
+        assert instance.status()["state"] == "ready"
+        row.said = "no verdict"
+        stop(instance)
 
 
 @pytest.mark.parametrize("kind", ["huge", "garbage", "slow", "500", "hang"])
 def test_metrics_that_cannot_be_read_end_nothing_and_cost_little(kind: str) -> None:
-    """64 MB of them, nonsense, a byte in a tenth of a second, an error, no answer."""
-    with quick({"FAKE_METRICS": kind}, {"watch": {"interval_s": 0.1, "request_timeout_s": 0.5}}, cgroup=True) as instance, measured(f"metrics: {kind}") as row:
+    """64 MB of them, nonsense, a byte in a tenth of a second, an error, no answer; with and without a request in flight."""
+    with quick({"FAKE_METRICS": kind}, JUMPY, cgroup=True) as instance, measured(f"metrics: {kind}") as row:
         instance.wait_ready()
         before = resident_mib(instance.pid)
         watch_for(1.5, instance, lambda: instance.daemon and instance.daemon.poll() is None)
+        with contextlib.closing(open_stream(instance, 2000)):
+            watch_for(1.5, instance, lambda: instance.daemon and instance.daemon.poll() is None)
         assert instance.status()["state"] == "ready"
         grown = resident_mib(instance.pid) - before
         row.said = f"nothing ended; {grown:+.1f} MiB"
