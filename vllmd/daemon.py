@@ -23,6 +23,7 @@ from vllmd.instance.checking import check_host
 from vllmd.instance.clockwork import Clockwork
 from vllmd.instance.control import serve_control
 from vllmd.instance.engine_life import EngineLife
+from vllmd.instance.incident import Examiner
 from vllmd.instance.judging import Judge
 from vllmd.instance.locking import InstanceLock
 from vllmd.instance.metric_samples import Facts
@@ -71,6 +72,7 @@ class Daemon:
         self._exit: int | None = None
         self._plan: Plan | None = None
         self._context: Context | None = None
+        self.examiner = Examiner(prepared, self.board, journal, self.vitals)
         self._engine: EngineLife | None = None
         self._watcher: Watch | None = None
         self._publisher: Publisher | None = None
@@ -258,6 +260,7 @@ class Daemon:
             priority=5,
         )
         if self._engine is not None:
+            self.examiner.ready()
             self._engine.rest()
             self._engine.show_example()
 
@@ -284,7 +287,8 @@ class Daemon:
 
     async def _examine(self, failure: ev.Failure) -> None:
         self._cancel("probe", "watch", "drain")
-        self.post(ev.EvidenceGathered(failure))
+        assert self._engine is not None
+        self.post(ev.EvidenceGathered(await self.examiner.examine(failure, self._engine, self.config)))
 
     async def _kill(self) -> None:
         began = time.monotonic()
@@ -303,8 +307,9 @@ class Daemon:
 
     def _record(self, failure: ev.Failure) -> None:
         """Now, not at the end: the teardown may be cut short."""
+        incident = self.examiner.note(failure)
         self.journal.event(
-            "failed", failure.what, priority=3, code=failure.code, hint=failure.hint, exit_status=failure.status
+            "failed", failure.what, priority=3, code=failure.code, hint=failure.hint, exit_status=failure.status, incident=incident
         )
         self._write_last(failure.status)
 
@@ -315,7 +320,7 @@ class Daemon:
     def _write_last(self, status: int) -> None:
         directory = self.prepared.paths.instance_state(self.prepared.instance)
         launch_id = self.board.document["launch_id"]
-        more = self._engine.last_words() if self._engine else {}
+        more = {"incident": self.examiner.incident, **(self._engine.last_words() if self._engine else {})}
         complaint = record.write_last(
             directory, self.prepared.instance, status, self.life.failure, launch_id=launch_id, **more
         )
@@ -383,4 +388,5 @@ class Daemon:
         while True:
             self._events.put_nowait(TICK)
             self.clockwork.tell()
+            self.examiner.tick()
             await asyncio.sleep(interval)

@@ -149,4 +149,4 @@ def test_a_crash_is_told_by_its_signal() -> None:
     with quick() as instance:
         instance.wait_ready()
         instance.kill_engine("vllm", signal.SIGSEGV)
-        assert "SIGSEGV" in ends(instance, 70, "engine_exited", ready=True)["what"]
+        assert "SIGSEGV" in ends(instance, 70, "engine_bug", ready=True)["what"]

@@ -95,7 +95,12 @@ _VARIES = re.compile(r"0x[0-9a-fA-F]+|\d[\d.,]*|'[^']*'|\"[^\"]*\"|/\S+")
 
 def of_traceback(found: Traceback) -> str:
     """The beginning of the message counts too, without what varies: one validator raises a hundred different errors."""
-    return fingerprint(found.exception, found.frames, [_VARIES.sub("#", found.message)[:80]])
+    return fingerprint(found.exception, found.frames, [steady(found.message)])
+
+
+def steady(text: str) -> str:
+    """The beginning of a sentence without its figures, addresses, paths and quotations."""
+    return _VARIES.sub("#", text[:1000])[:80]
 
 
 def fingerprint(kind: str, frames: Sequence[tuple[str, str]] = (), more: Iterable[str] = ()) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections import deque
 from pathlib import Path
 
@@ -17,7 +18,7 @@ _GROUP = (
 )  # fmt: skip
 _HOST = ("/proc/loadavg", "/proc/pressure/memory", "/proc/pressure/cpu", "/proc/pressure/io", "/proc/meminfo")
 _FILE_BYTES = 16 << 10
-KERNEL_LINES, KERNEL_S = 200, 2.0
+KERNEL_LINES, KERNEL_S, SINCE_S = 200, 2.0, 900
 _OF_INTEREST = re.compile(
     r"NVRM|Xid|nvidia|amdgpu|\bGPU\b|oom|Out of memory|Killed process|Memory cgroup|segfault|general protection|traps:|blocked for more than|I/O error|EXT4-fs|XFS|nvme",
     re.IGNORECASE,
@@ -78,7 +79,7 @@ def memory_text(group: str) -> str:
 
 async def kernel_lines(sheet: Sheet) -> None:
     """Of the last quarter of an hour: the journal's where this user may read it, else /dev/kmsg."""
-    argv = ["/bin/sh", "-c", 'exec "$0" "$@" 2>/dev/null', "journalctl", "--dmesg", "--boot", "--no-pager", "--output=short-iso", "--since=-15min", "--lines=5000"]
+    argv = ["/bin/sh", "-c", 'exec "$0" "$@" 2>/dev/null', "journalctl", "--dmesg", "--boot", "--no-pager", "--output=short-iso", f"--since=-{SINCE_S}s", "--lines=5000"]
     outcome = await in_thread(lambda: child.run(argv, timeout_s=KERNEL_S, environ={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}))
     lines = outcome.output.splitlines() if outcome.status == 0 else []
     if not any(line and not line.startswith("-- ") for line in lines):
@@ -92,6 +93,7 @@ async def kernel_lines(sheet: Sheet) -> None:
 def _kmsg() -> list[str]:
     """The newest records of the ring; every read gives one, and none blocks."""
     records: deque[str] = deque(maxlen=5000)
+    now = time.clock_gettime(time.CLOCK_MONOTONIC)
     try:
         descriptor = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
@@ -106,6 +108,8 @@ def _kmsg() -> list[str]:
                 break
             stamp = head.split(",")[2:3]
             seconds = int(stamp[0]) / 1e6 if stamp and stamp[0].isdigit() else 0.0
+            if now - seconds > SINCE_S:
+                continue
             records.append(f"[{seconds:.6f}] {text.splitlines()[0] if text else ''}")
     finally:
         os.close(descriptor)

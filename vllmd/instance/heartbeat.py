@@ -14,6 +14,8 @@ from vllmd.system.family import Family
 from vllmd.system.host import cpu_seconds
 from vllmd.system.http import Answer, request
 
+KEPT_BYTES = 1 << 20
+
 
 class Heartbeat:
     """An engine that is not Beating is asked for its health instead: it then shows whether it answers, and no ranks."""
@@ -23,6 +25,8 @@ class Heartbeat:
         self._endpoint = probe.endpoint
         self._health_path = probe.health_path
         self._family = family
+        self.last = b""
+        """The last answer as it came, for the evidence of a failure; the beginning of it where it is longer than KEPT_BYTES."""
 
     async def read(self, timeout_s: float) -> Sample:
         asked_at = time.monotonic()
@@ -36,8 +40,15 @@ class Heartbeat:
             answer = await request(self._endpoint, "GET", self._health_path, timeout_s=timeout_s)
             return ("absent", {}) if answer.outcome == "answered" and answer.status != 503 else (_outcome(answer), {})
         reading = engine.heartbeat()
+        kept = bytearray()
+
+        def feed(piece: bytes) -> None:
+            kept.extend(piece[: KEPT_BYTES - len(kept)])
+            reading.feed(piece)
+
         limit = engine.heartbeat_limit_bytes
-        answer = await request(self._endpoint, "GET", engine.heartbeat_path, timeout_s=timeout_s, limit_bytes=limit, sink=reading.feed)
+        answer = await request(self._endpoint, "GET", engine.heartbeat_path, timeout_s=timeout_s, limit_bytes=limit, sink=feed)
+        self.last = bytes(kept) or self.last
         return reading.result() if answer.outcome == "answered" and answer.status == 200 else (_outcome(answer), {})
 
     def _front(self) -> tuple[float, bool]:

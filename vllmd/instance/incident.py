@@ -17,7 +17,7 @@ from vllmd.config.settings import Config
 from vllmd.core import faults
 from vllmd.core.events import Failure
 from vllmd.core.faults import Cause, Facts, GpuFact, Signs
-from vllmd.core.fingerprint import fingerprint, of_traceback
+from vllmd.core.fingerprint import fingerprint, of_traceback, steady
 from vllmd.engines.protocol import Diagnosing
 from vllmd.instance import badcache, causes, incident_store
 from vllmd.instance import evidence_host as host
@@ -45,19 +45,18 @@ class Examined:
     """`incident` '' where none could be written."""
 
     failure: Failure
-    fingerprint: str
-    incident: str
+    occurrence: causes.Occurrence
+    incident: str = ""
 
 
 class Examiner:
-    """`metrics` gives the engine's last metrics. `tick` is to be called about every second."""
+    """`tick` is to be called about every second."""
 
-    def __init__(self, prepared: Prepared, board: Board, journal: Journal | Stderr, vitals: Vitals, *, metrics: Callable[[], str] = str) -> None:
+    def __init__(self, prepared: Prepared, board: Board, journal: Journal | Stderr, vitals: Vitals) -> None:
         self._prepared = prepared
         self._board = board
         self._journal = journal
         self._vitals = vitals
-        self._metrics = metrics
         self._state = prepared.paths.instance_state(prepared.instance)
         self._oom: deque[int] = deque([host.host_oom_kills()], maxlen=OOM_SAMPLES)
         self._oom_at = time.monotonic()
@@ -81,6 +80,21 @@ class Examiner:
         except OSError as error:
             self._journal.event("", f"cannot remove {self._state / badcache.MARKER}: {error.strerror}", priority=4)
 
+    @property
+    def incident(self) -> str:
+        return self.examined.incident if self.examined else ""
+
+    def note(self, failure: Failure) -> str:
+        """Counts the failure among those of all lives; returns its incident, '' where none was written."""
+        if self.examined is None:
+            coming = causes.read(self._state).next(now_text(), failure.code, "", "")
+        else:
+            coming = replace(self.examined.occurrence, incident=self.incident)
+        complaint = causes.note(self._state, coming)
+        if complaint:
+            self._journal.event("evidence-incomplete", complaint, priority=4)
+        return self.incident
+
     async def examine(self, failure: Failure, engine: EngineLife, config: Config) -> Failure:
         """The failure with its cause named, as far as that was found out; `examined` says the rest."""
         began = time.monotonic()
@@ -99,12 +113,12 @@ class Examiner:
         facts = self._facts(failure, engine)
         signs = engine.engine.signs if isinstance(engine.engine, Diagnosing) else Signs()
         cause = await in_thread(lambda: faults.decide(facts, signs))
-        mark = of_traceback(cause.traceback) if cause.traceback else fingerprint(facts.signal or cause.code, (), [facts.phase])
+        mark = of_traceback(cause.traceback) if cause.traceback else fingerprint(facts.signal or cause.code, (), [facts.phase, steady(failure.what)])
         cause = await self._cured(cause, engine, ident)
         known = await in_thread(lambda: causes.read(self._state))
         coming = known.next(now_text(), cause.code, mark, ident)
         final = faults.again(cause.failure, coming.count, coming.since)
-        self.examined = Examined(final, mark, "")
+        self.examined = Examined(final, coming)
         summary = {"schema": 1, "id": ident, "instance": self._prepared.instance, **told(final, facts, coming, self._board, self._vitals)}
         summary["took_s"] = round(time.monotonic() - began, 3)
         await self._write(ident, sheets, cause, list(engine.output.lines), summary, config)
@@ -193,7 +207,7 @@ class Examiner:
     async def _write(self, ident: str, sheets: list[Sheet], cause: Cause, lines: Sequence[str], summary: dict[str, Any], config: Config) -> None:
         folder, keep = self._state / incident_store.FOLDER, config.watch.keep_incidents
         loaded = replace(self._prepared.loaded, config=config)
-        facts = Material(cause, lines, sheets, loaded, self._vitals.gpus, self._metrics())
+        facts = Material(cause, lines, sheets, loaded, self._vitals.gpus, self._vitals.exposition.decode(errors="replace"))
 
         def work() -> str:
             return incident_store.write(folder, ident, parts(facts), plain_summary(summary, loaded), keep=keep)

@@ -28,6 +28,8 @@ class Vitals:
     verdicts: Counter[tuple[str, str]] = field(default_factory=Counter)
     deaths: int = 0
     """Processes of the engine that ended while it was ready, helpers included."""
+    exposition: bytes = b""
+    """The engine's last metrics, as they came."""
     paused: dict[str, Any] | None = None
     gpus: dict[str, Any] | None = None
     """The latest snapshot of the GPU watch."""

@@ -98,6 +98,7 @@ class Watch:
             if not self._stood_still(planned_s):
                 timeout_s = self._liveness.timeout_s(settings.request_timeout_s, time.monotonic())
                 sample = await self._heartbeat.read(timeout_s)
+                self._vitals.exposition = self._heartbeat.last
                 if not self._stood_still(timeout_s):
                     self._take(sample)
             planned_s = self._liveness.pause_s(settings.interval_s, settings.heartbeat_interval_s, time.monotonic())
