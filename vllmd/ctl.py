@@ -33,6 +33,10 @@ def run(argv: Sequence[str]) -> int:
         from vllmd import ctl_store
 
         return ctl_store.main(rest[1:], paths)
+    if rest[:1] == ["gpu"]:
+        from vllmd import ctl_gpu
+
+        return ctl_gpu.main(rest[1:], paths)
     arguments = _parser().parse_args(rest)
     return _perform(arguments, paths)
 
@@ -48,8 +52,11 @@ def _parser() -> argparse.ArgumentParser:
         _add_follow(verbs.add_parser(verb, help=text, description=text.capitalize()))
     stop = verbs.add_parser("stop", help="stop an instance; requests in flight may finish")
     stop.add_argument("name", metavar="NAME")
+    _add_pause(verbs)
     _add_logs(verbs)
+    _add_incidents(verbs)
     verbs.add_parser("engine", help="install|list|use: the engines of this host", add_help=False)
+    verbs.add_parser("gpu", help="every GPU of this host, its owner and its health; gpu clear lifts a quarantine", add_help=False)
     verbs.add_parser("store", help="list|verify|rm|gc|pin|unpin|export|import: the models of this host", add_help=False)
     return top
 
@@ -67,6 +74,14 @@ def _add_follow(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--timeout", metavar="S", type=float, help="watch no longer than this; the start goes on")
 
 
+def _add_pause(verbs: argparse._SubParsersAction[Parser]) -> None:
+    pause = verbs.add_parser("pause", help="judge nothing for a while: a person works on the engine", epilog="A stop goes on as ever; what the engine does meanwhile is acted upon at the end.")
+    pause.add_argument("name", metavar="NAME")
+    pause.add_argument("--for", dest="for_text", metavar="TIME", default="1h", help="90, 10min, 1h, 2d (default 1h, at most 7d); it ends by itself")
+    pause.add_argument("--why", metavar="TEXT", default="", help="shown wherever the pause is")
+    verbs.add_parser("resume", help="end a pause").add_argument("name", metavar="NAME")
+
+
 def _add_logs(verbs: argparse._SubParsersAction[Parser]) -> None:
     logs = verbs.add_parser("logs", help="the journal of an instance")
     logs.add_argument("name", metavar="NAME")
@@ -79,6 +94,14 @@ def _add_logs(verbs: argparse._SubParsersAction[Parser]) -> None:
     logs.add_argument("-o", "--output", metavar="FORMAT", help="as journalctl's: short-iso, json, cat, ...")
 
 
+def _add_incidents(verbs: argparse._SubParsersAction[Parser]) -> None:
+    incidents = verbs.add_parser("incidents", help="what an instance left when it failed: causes, stacks, last lines")
+    incidents.add_argument("name", metavar="NAME")
+    incidents.add_argument("id", metavar="ID", nargs="?", help="one of them: its name, the beginning or end of it, or last; without it, all are listed")
+    incidents.add_argument("--part", metavar="FILE", help="print one of its files whole")
+    incidents.add_argument("--json", action="store_true", help="one JSON object, for programs")
+
+
 def _perform(arguments: argparse.Namespace, paths: Paths) -> int:
     match arguments.verb:
         case "status":
@@ -89,6 +112,18 @@ def _perform(arguments: argparse.Namespace, paths: Paths) -> int:
             from vllmd import ctl_follow
 
             return ctl_follow.bring_up(paths, arguments.verb, arguments.name, wait=not arguments.no_wait, timeout_s=arguments.timeout)
+        case "pause":
+            from vllmd import ctl_pause
+
+            return ctl_pause.pause(paths, arguments.name, for_text=arguments.for_text, why=arguments.why)
+        case "resume":
+            from vllmd import ctl_pause
+
+            return ctl_pause.resume(paths, arguments.name)
+        case "incidents":
+            from vllmd import ctl_incidents
+
+            return ctl_incidents.incidents(paths, arguments.name, arguments.id, part=arguments.part, as_json=arguments.json)
         case "stop":
             from vllmd import ctl_follow
 

@@ -119,11 +119,20 @@ def screen(instance: Instance) -> Iterator[str]:
         ("unit", _unit(instance)),
         ("memory", _bytes(instance.unit.memory_bytes) if instance.unit and instance.unit.memory_bytes is not None else ""),
         *(("warning", str(each)) for each in said.get("warnings") or () if isinstance(said.get("warnings"), list)),
+        ("paused", _paused(said)),
         *_problem_rows(instance),
     ]
     for label, value in rows:
         if value:
             yield f"  {label:<10} {value}"
+
+
+def _paused(said: Mapping[str, Any]) -> str:
+    """Until when nothing is judged, by whom and why, and what waits for the end of it."""
+    until, by, why, pending = (files.text(said, "paused", key) for key in ("until", "by", "why", "pending"))
+    if not until:
+        return ""
+    return f"until {until} by {by}" + (f": {why}" if why else "") + (f"; then it ends, because {pending}" if pending else "")
 
 
 def _problem_rows(instance: Instance) -> Iterator[tuple[str, str]]:

@@ -27,6 +27,7 @@ from vllmd.instance.incident import Examiner
 from vllmd.instance.judging import Judge
 from vllmd.instance.locking import InstanceLock
 from vllmd.instance.metric_samples import Facts
+from vllmd.instance.pausing import PAUSABLE, Pausing
 from vllmd.instance.publishing import Publisher
 from vllmd.instance.resolving import resolve
 from vllmd.instance.vitals import Vitals
@@ -75,6 +76,9 @@ class Daemon:
         self.examiner = Examiner(prepared, self.board, journal, self.vitals)
         self._engine: EngineLife | None = None
         self._watcher: Watch | None = None
+        self.pausing = Pausing(
+            self.board, self.vitals, journal, self.clockwork, post=self.post, state=lambda: self.life.state, on_end=self._rebase_watch
+        )
         self._publisher: Publisher | None = None
         self.facts = Facts(
             self.board,
@@ -93,7 +97,7 @@ class Daemon:
         self.journal.attach(asyncio.get_running_loop())
         with InstanceLock(self.prepared.paths, self.prepared.instance):
             figures = metrics.route(self.facts)
-            control = await serve_control(self.board, figures)
+            control = await serve_control(self.board, figures, self.pausing)
             publisher = self._publisher = Publisher(self.prepared.instance, figures, self.journal)
             publisher.apply(self.config.metrics)
             self._task("ticks", self._ticks())
@@ -149,7 +153,10 @@ class Daemon:
                 return
             life, effects = step(self.life, ev.Faulted(record.bug(error)))
         changed, self.life = life.state is not self.life.state, life
+        self.pausing.pending(life.pending)
         if changed:
+            if life.state not in PAUSABLE:
+                self.pausing.forget()
             self.board.state(str(life.state), life.failure)
         for effect in effects:
             self._perform(effect)
@@ -268,6 +275,10 @@ class Daemon:
         assert self._engine is not None
         self._watcher = Watch(self._engine, self.judge, self.vitals, self.journal, lambda: self.config.watch)
         await self._watcher.run()
+
+    def _rebase_watch(self) -> None:
+        if self._watcher is not None:
+            self._watcher.rebase()
 
     def _stopping(self) -> None:
         bound = self._plan.deadlines.stop_s if self._plan else 10.0

@@ -61,6 +61,7 @@ class Board:
             "error": None,
             "warnings": [],
             "needs_restart": [],
+            "paused": None,
             "gpus": [],
             "group": None,
             "role": None,
@@ -141,6 +142,10 @@ class Board:
 
     def sentence(self) -> str:
         """STATUS=: one line that a person reads in `systemctl status`."""
+        paused = self.document["paused"]
+        return (f"Paused until {paused['until']} by {paused['by']}, nothing is judged. " if paused else "") + self._sentence()
+
+    def _sentence(self) -> str:
         document = self.document
         error = document["error"]
         if error and document["state"] in {"examining", "killing", "stopped"}:

@@ -17,7 +17,14 @@ class Clockwork:
     def __init__(self, notifier: Notifier | NullNotifier) -> None:
         self._notifier = notifier
         self._until = 0.0
+        self._at_least = 0.0
         self._told_at = 0.0
+
+    def at_least(self, seconds: float) -> None:
+        """Whatever the work allows itself: a person works on it for so long."""
+        self._at_least = time.monotonic() + seconds
+        self._told_at = 0.0
+        self.tell()
 
     def allow(self, seconds: float) -> None:
         self._until = time.monotonic() + seconds
@@ -30,6 +37,7 @@ class Clockwork:
 
     def tell(self) -> None:
         now = time.monotonic()
-        if self._until > now and now - self._told_at >= STEP_S:
+        until = max(self._until, self._at_least) if self._until else 0.0
+        if until > now and now - self._told_at >= STEP_S:
             self._told_at = now
-            self._notifier.extend(self._until - now + MARGIN_S)
+            self._notifier.extend(until - now + MARGIN_S)

@@ -1,4 +1,5 @@
 """The instance's own HTTP server: GET /status and GET /metrics on control.sock, for vllmctl; GET /metrics where Prometheus asks.
+On control.sock also POST, for those who may (system/peer).
 
 A client that sends nothing, or never reads, costs one of 32 places for ten seconds and nothing else.
 """
@@ -18,12 +19,17 @@ import h11
 
 from vllmd.errors import TryLater
 from vllmd.system.files import storage_error
+from vllmd.system.peer import ADMINS, Peer, group_id, peer_of
 from vllmd.system.unixpath import short
 
 CONNECTIONS_MAX = 32
 CLIENT_TIMEOUT_S = 10.0
 _CHUNK = 1 << 14
+BODY_MAX = 16 << 10
 Route = Callable[[], tuple[str, bytes]]
+Reply = tuple[int, str, bytes]
+"""Status, content type, body."""
+Action = Callable[[bytes, Peer], Reply]
 
 
 class HttpServer:
@@ -60,7 +66,7 @@ class HttpServer:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             async with asyncio.timeout(self._timeout_s):
-                writer.write(await self._answer(reader))
+                writer.write(await self._answer(reader, writer))
                 await writer.drain()
                 writer.close()
                 await writer.wait_closed()
@@ -69,35 +75,40 @@ class HttpServer:
         finally:
             writer.transport.abort()
 
-    async def _answer(self, reader: asyncio.StreamReader) -> bytes:
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bytes:
         connection = h11.Connection(h11.SERVER, max_incomplete_event_size=16 << 10)
         try:
             request = await _read_request(reader, connection)
+            content = await _read_body(reader, connection) if request.method == b"POST" else b""
         except h11.RemoteProtocolError:
             return _response(connection, 400, "text/plain", b"bad request\n")
-        status, kind, body = self._route(request)
-        return _response(connection, status, kind, body)
-
-    def _route(self, request: h11.Request) -> tuple[int, str, bytes]:
-        route = self._routes.get(request.target.partition(b"?")[0].decode("latin-1"))
-        if route is None:
-            return 404, "text/plain", b"not found\n"
-        if request.method != b"GET":
-            return 405, "text/plain", b"only GET\n"
         try:
-            kind, body = route()
+            status, kind, body = self._route(path_of(request), request.method, content, writer)
         except Exception as error:
             asyncio.get_running_loop().call_exception_handler({"message": "a route of the control socket failed", "exception": error})
-            return 500, "text/plain", b"internal error\n"
-        return 200, kind, body
+            status, kind, body = 500, "text/plain", b"internal error\n"
+        return _response(connection, status, kind, body)
+
+    def _route(self, path: str, method: bytes, content: bytes, writer: asyncio.StreamWriter) -> Reply:
+        del content, writer
+        route = self._routes.get(path)
+        if route is None:
+            return 404, "text/plain", b"not found\n"
+        if method != b"GET":
+            return 405, "text/plain", b"only GET\n"
+        return (200, *route())
 
 
 class ControlServer(HttpServer):
-    """On a unix socket, mode 0660."""
+    """On a unix socket, mode 0660. `actions` are what may be POSTed, by root, our own user and the administrators' group;
+    they must not block either."""
 
-    def __init__(self, path: Path, routes: Mapping[str, Route], *, timeout_s: float = CLIENT_TIMEOUT_S) -> None:
+    def __init__(
+        self, path: Path, routes: Mapping[str, Route], *, actions: Mapping[str, Action] | None = None, timeout_s: float = CLIENT_TIMEOUT_S
+    ) -> None:
         super().__init__(routes, timeout_s=timeout_s)
         self.path = path
+        self._actions = actions or {}
         self._inode = 0
 
     async def start(self) -> None:
@@ -108,6 +119,17 @@ class ControlServer(HttpServer):
         except OSError as error:
             raise storage_error(error, f"listen on {self.path}") from error
         self._server = await asyncio.start_unix_server(self._accept, sock=listener)
+
+    def _route(self, path: str, method: bytes, content: bytes, writer: asyncio.StreamWriter) -> Reply:
+        action = self._actions.get(path)
+        if action is None:
+            return super()._route(path, method, content, writer)
+        if method != b"POST":
+            return 405, "text/plain", b"only POST\n"
+        peer = peer_of(writer.get_extra_info("socket"))
+        if not peer.is_allowed:
+            return 403, "text/plain", f"only root, the service's own user and the group {ADMINS} may do this\n".encode()
+        return action(content, peer)
 
     def _forget(self) -> None:
         """The socket's file is removed if it is still ours."""
@@ -147,6 +169,26 @@ async def _read_request(reader: asyncio.StreamReader, connection: h11.Connection
         connection.receive_data(await reader.read(_CHUNK))
 
 
+async def _read_body(reader: asyncio.StreamReader, connection: h11.Connection) -> bytes:
+    content = bytearray()
+    while True:
+        event: Any = connection.next_event()
+        if isinstance(event, h11.EndOfMessage):
+            return bytes(content)
+        if isinstance(event, h11.Data):
+            content += event.data
+            if len(content) > BODY_MAX:
+                raise h11.RemoteProtocolError("the body is too long")
+        elif event is h11.NEED_DATA:
+            connection.receive_data(await reader.read(_CHUNK))
+        else:
+            raise ConnectionResetError("no whole request")
+
+
+def path_of(request: h11.Request) -> str:
+    return request.target.partition(b"?")[0].decode("latin-1")
+
+
 def _response(connection: h11.Connection, status: int, kind: str, body: bytes) -> bytes:
     headers = [("Content-Type", kind), ("Content-Length", str(len(body))), ("Connection", "close"), ("Cache-Control", "no-store")]
     sent = connection.send(h11.Response(status_code=status, headers=headers)) or b""
@@ -160,6 +202,9 @@ def _listen(path: Path) -> socket.socket:
         with short(path) as name:
             listener.bind(name)
             os.chmod(path, 0o660)  # noqa: PTH101 - before listen: until then nobody can connect
+            if (admins := group_id(ADMINS)) >= 0:
+                with contextlib.suppress(OSError):  # a user that is not in the group may not give it away
+                    os.chown(path, -1, admins)
         listener.listen(CONNECTIONS_MAX)
     except BaseException:
         listener.close()
