@@ -17,7 +17,7 @@ from vllmd.core.lifecycle import Impossible, Life, State, step
 from vllmd.core.plan import Plan, ResolvedModel
 from vllmd.engines.protocol import Context
 from vllmd.errors import Status, VllmdError
-from vllmd.instance import metrics, record, reload, signals
+from vllmd.instance import causes, metrics, record, reload, signals
 from vllmd.instance.board import Board
 from vllmd.instance.checking import check_host
 from vllmd.instance.clockwork import Clockwork
@@ -40,6 +40,7 @@ from vllmd.system.cgroup import choose_family
 from vllmd.system.journal import Journal
 from vllmd.system.notify import Notifier, NullNotifier
 from vllmd.system.terminal import Stderr
+from vllmd.system.threads import in_thread
 
 TICK = object()
 """Goes through the queue of events like any other: WATCHDOG=1 is sent when it comes out, so it says that the loop turns."""
@@ -101,6 +102,7 @@ class Daemon:
             publisher = self._publisher = Publisher(self.prepared.instance, figures, self.journal)
             publisher.apply(self.config.metrics)
             self._task("ticks", self._ticks())
+            self._task("causes", self._remember())
             try:
                 await self._begin()
                 return await self._turn()
@@ -112,6 +114,12 @@ class Daemon:
                 await publisher.close()
                 await control.close()
                 self.board.close()
+
+    async def _remember(self) -> None:
+        """What earlier lives ended of, for the metrics; nothing waits for it."""
+        directory = self.prepared.paths.instance_state(self.prepared.instance)
+        known = await in_thread(lambda: causes.read(directory))
+        self.facts.failures, self.facts.failed_at = known.restarts, {each.code: each.at for each in known.last}
 
     async def _begin(self) -> None:
         selected = stages.model_request(self.config, self.prepared.paths).selected
@@ -319,8 +327,9 @@ class Daemon:
     def _record(self, failure: ev.Failure) -> None:
         """Now, not at the end: the teardown may be cut short."""
         incident = self.examiner.note(failure)
+        said = f"{failure.what} [vllmctl incidents {self.prepared.instance} {incident}]" if incident else failure.what
         self.journal.event(
-            "failed", failure.what, priority=3, code=failure.code, hint=failure.hint, exit_status=failure.status, incident=incident
+            "failed", said, priority=3, code=failure.code, hint=failure.hint, exit_status=failure.status, incident=incident
         )
         self._write_last(failure.status)
 
