@@ -161,7 +161,14 @@ demo_config() {
 for step in "$@"; do
     case $step in venv | engine | demo | test) ;; *) die "no such step: $step" ;; esac
 done
+# Judges the metrics, the alerts and the dashboard's queries: Debian's, unpacked into the cache, since its package is a service.
+test_tools() {
+    has promtool || [ -x "$VLLMD_DEV_CACHE/prometheus/usr/bin/promtool" ] && return
+    say "fetching promtool (Debian's package prometheus, unpacked into $VLLMD_DEV_CACHE)"
+    .venv/bin/python -m tests.promtool
+}
+
 system_packages "$@"
 for step in "$@"; do
-    [ "$step" = test ] || $step
+    if [ "$step" = test ]; then test_tools; else $step; fi
 done

@@ -17,12 +17,14 @@ from vllmd.core.lifecycle import Impossible, Life, State, step
 from vllmd.core.plan import Plan, ResolvedModel
 from vllmd.engines.protocol import Context
 from vllmd.errors import Status, VllmdError
+from vllmd.gpu.client import Client
 from vllmd.instance import causes, metrics, record, reload, signals
 from vllmd.instance.board import Board
 from vllmd.instance.checking import check_host
 from vllmd.instance.clockwork import Clockwork
 from vllmd.instance.control import serve_control
 from vllmd.instance.engine_life import EngineLife
+from vllmd.instance.gpuwatch import GpuWatch
 from vllmd.instance.incident import Examiner
 from vllmd.instance.judging import Judge
 from vllmd.instance.locking import InstanceLock
@@ -256,7 +258,15 @@ class Daemon:
         assert self.model is not None
         self.clockwork.allow(self._engine.gpus.wait_s + 60)
         await self._engine.launch(self.model)
+        self._task("gpu-watch", self._watch_gpus())
         self.post(ev.EngineSpawned())
+
+    async def _watch_gpus(self) -> None:
+        assert self._engine is not None
+        paths, engine = self.prepared.paths, self._engine
+        await GpuWatch(
+            paths, engine.gpus, engine.family, judge=self.judge, vitals=self.vitals, journal=self.journal, settings=lambda: self.config.watch, client=Client(paths)
+        ).run()
 
     async def _probe(self) -> None:
         assert self._engine is not None
@@ -299,13 +309,13 @@ class Daemon:
     async def _drain(self, *, during_start: bool) -> None:
         assert self._engine is not None
         deadlines = self._engine.plan.deadlines
-        self._cancel("probe", "watch", "resolve")
+        self._cancel("probe", "watch", "gpu-watch", "resolve")
         self._engine.terminate()
         await asyncio.sleep(deadlines.start_grace_s if during_start else deadlines.drain_s)
         self.post(ev.DrainExpired())
 
     async def _examine(self, failure: ev.Failure) -> None:
-        self._cancel("probe", "watch", "drain")
+        self._cancel("probe", "watch", "gpu-watch", "drain")
         assert self._engine is not None
         self.post(ev.EvidenceGathered(await self.examiner.examine(failure, self._engine, self.config)))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ class Publisher:
             while True:
                 try:
                     content = self._route()[1]
-                    await in_thread(lambda content=content: write_atomic(path, content, fsync=False))  # type: ignore[misc]
+                    await in_thread(partial(_replace, path, content))
                     said.works(f"metrics are written to {path}")
                 except OSError as error:
                     hint = f"{path.parent} must exist and be writable for the service: chown it, and name it in ReadWritePaths= of the unit."
@@ -120,6 +121,11 @@ class _Said:
         if self._complaint:
             self._complaint = ""
             self._journal.event("", what, priority=5)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    path.parent.mkdir(mode=0o755, exist_ok=True)  # in /run it is gone after a reboot
+    write_atomic(path, content, fsync=False)
 
 
 def _server(where: str, route: Route) -> ControlServer | TcpServer:

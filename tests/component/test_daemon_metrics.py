@@ -1,0 +1,195 @@
+"""Where the figures of a running instance go: an address, a unix socket, a textfile; and that none of it ends an instance."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import os
+import socket
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import procs, promtool
+from tests.component.daemons import ends, quick, stop
+from tests.component.test_daemon_status import reload
+from tests.engine.server import UnixConnection
+from tests.harness import Instance, merged
+from tests.ports import free_port
+
+pytestmark = pytest.mark.component
+
+
+def ask(where: int | Path, path: str = "/metrics", method: str = "GET") -> tuple[int, str]:
+    connection = http.client.HTTPConnection("127.0.0.1", where, timeout=5) if isinstance(where, int) else UnixConnection(str(where), 5)
+    with contextlib.closing(connection):
+        connection.request(method, path)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def listening(port: int) -> dict[str, Any]:
+    return {"metrics": {"listen": f"127.0.0.1:{port}"}}
+
+
+def test_the_exposition_of_a_running_instance_is_clean() -> None:
+    with quick() as instance:
+        instance.wait_ready()
+        checked = promtool.run("check", "metrics", stdin=instance.control("/metrics")[1])
+        assert (checked.returncode, checked.stdout) == (0, "")
+
+
+def test_an_address_answers_for_metrics_and_nothing_else() -> None:
+    port = free_port()
+    with quick(config=listening(port)) as instance:
+        instance.wait_ready()
+        code, text = ask(port)
+        assert (code, 'vllmd_ready{name="demo"} 1.0' in text) == (200, True)
+        assert 'vllmd_state{name="demo",state="ready"} 1.0' in text
+        assert "vllmd_start_duration_seconds{" in text
+        assert ask(port, "/status")[0] == 404
+        assert ask(port, method="POST")[0] == 405
+        stop(instance)
+        with socket.socket() as sock:
+            assert sock.connect_ex(("127.0.0.1", port)) != 0
+
+
+def test_metrics_are_there_while_it_starts() -> None:
+    port = free_port()
+    with quick({"FAKE_START_S": "30"}, listening(port)) as instance:
+        instance.wait_state("starting")
+        text = ask(port)[1]
+        assert 'vllmd_ready{name="demo"} 0.0' in text
+        assert "vllmd_start_phase_seconds{" in text
+        assert "vllmd_start_duration_seconds{" not in text
+
+
+def test_a_port_that_is_taken_is_said_and_ends_nothing_and_is_taken_when_it_is_free() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with quick(config=listening(port)) as instance:
+            instance.wait_ready()
+            assert f"cannot serve metrics at 127.0.0.1:{port}: Address already in use" in instance.log()
+            assert "set metrics.listen to another address" in instance.log()
+            assert instance.control("/metrics")[0] == 200
+            holder.close()
+            other = free_port()
+            instance.config = merged(instance.config, listening(other))
+            reload(instance, "applied: metrics.listen")
+            procs.wait_until("the other port", lambda: instance_answers(other), 10)
+            assert instance.status()["state"] == "ready"
+            stop(instance)
+
+
+def instance_answers(port: int) -> bool:
+    with contextlib.suppress(OSError):
+        return ask(port)[0] == 200
+    return False
+
+
+def test_a_unix_socket_answers_and_is_removed_at_the_end() -> None:
+    with quick() as instance:
+        instance.wait_ready()
+        path = instance.root / "metrics.sock"
+        instance.config = merged(instance.config, {"metrics": {"listen": str(path)}})
+        reload(instance, "applied: metrics.listen")
+        procs.wait_until("the socket", path.exists, 10)
+        assert "vllmd_ready{" in ask(path)[1]
+        stop(instance)
+        assert not path.exists()
+
+
+def test_a_reload_takes_the_listener_away() -> None:
+    port = free_port()
+    with quick(config=listening(port)) as instance:
+        instance.wait_ready()
+        assert instance_answers(port)
+        instance.config = merged(instance.config, {"metrics": {"listen": ""}})
+        reload(instance, "applied: metrics.listen")
+        procs.wait_until("nobody listens", lambda: not instance_answers(port), 10)
+        assert instance.status()["needs_restart"] == []
+        stop(instance)
+
+
+def textfile(directory: Path) -> dict[str, Any]:
+    return {"metrics": {"textfile": str(directory), "interval_s": 0.1}}
+
+
+def test_a_textfile_is_whole_at_every_moment_and_gone_at_the_end(tmp_path: Path) -> None:
+    directory = tmp_path / "made"
+    path = directory / "vllmd-demo.prom"
+    with quick(config=textfile(directory)) as instance:
+        procs.wait_until("the file", path.exists, 10)
+        read: set[str] = set()
+        over = threading.Event()
+
+        def look() -> None:
+            while not over.is_set():
+                read.add(path.read_text())
+
+        thread = threading.Thread(target=look)
+        thread.start()
+        try:
+            instance.wait_ready()
+            procs.wait_until("ready in the file", lambda: 'vllmd_ready{name="demo"} 1.0' in path.read_text(), 10)
+        finally:
+            over.set()
+            thread.join()
+        assert len(read) > 1
+        assert all(text.startswith("# HELP vllmd_info ") and "\nvllmd_private_memory_bytes{" in text and text.endswith("\n") for text in read)
+        assert path.stat().st_mode & 0o777 == 0o644
+        stop(instance)
+        assert os.listdir(directory) == []
+
+
+def test_a_textfile_is_removed_also_after_a_failure(tmp_path: Path) -> None:
+    with quick({"FAKE_EXIT_READY": "7@0.3"}, textfile(tmp_path)) as instance:
+        procs.wait_until("the file", (tmp_path / "vllmd-demo.prom").exists, 10)
+        ends(instance, 70, "engine_exited", ready=True)
+        assert os.listdir(tmp_path) == []
+
+
+def test_a_directory_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with quick(config=textfile(tmp_path / "file/sub")) as instance:
+        instance.wait_ready()
+        complaint = f"cannot write metrics to {tmp_path}/file/sub/vllmd-demo.prom: Not a directory"
+        procs.wait_until("the complaint", lambda: complaint in instance.log(), 10)
+        (tmp_path / "file").unlink()
+        (tmp_path / "file").mkdir()
+        procs.wait_until("the file", (tmp_path / "file/sub/vllmd-demo.prom").exists, 10)
+        assert instance.log().count(complaint) == 1
+        procs.wait_until("that it is over", lambda: "metrics are written to" in instance.log(), 10)
+        stop(instance)
+
+
+def counted(instance: Instance, metric: str) -> list[str]:
+    return [line for line in instance.control("/metrics")[1].splitlines() if line.startswith(metric)]
+
+
+def test_failures_are_counted_over_lives() -> None:
+    with quick({"FAKE_EXIT_READY": "7@0.1"}) as instance:
+        ends(instance, 70, "engine_exited", ready=True)
+        instance.config["engine"]["env"].pop("FAKE_EXIT_READY")
+        instance.write_config()
+        instance.start()
+        instance.wait_ready()
+        assert counted(instance, "vllmd_failures_total") == ['vllmd_failures_total{cause="engine_exited",name="demo"} 1.0']
+        assert counted(instance, "vllmd_last_failure_time_seconds{cause=")
+        stop(instance)
+
+
+def test_causes_that_are_nonsense_keep_no_metric_away() -> None:
+    with quick() as instance:
+        instance.wait_ready()
+        stop(instance)
+        last = [{"at": "never", "code": "a", "fingerprint": "", "incident": ""}, 7]
+        (instance.state / "causes.json").write_text(json.dumps({"schema": 1, "restarts": {"a": -5, "b": "x", 'q"\n': 2}, "last": last}))
+        instance.start()
+        instance.wait_ready()
+        assert 'vllmd_failures_total{cause="a",name="demo"} 0.0' in counted(instance, "vllmd_failures_total")
+        assert promtool.run("check", "metrics", stdin=instance.control("/metrics")[1]).stdout == ""
+        stop(instance)
