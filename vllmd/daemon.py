@@ -264,9 +264,13 @@ class Daemon:
     async def _watch_gpus(self) -> None:
         assert self._engine is not None
         paths, engine = self.prepared.paths, self._engine
-        await GpuWatch(
+        watch = GpuWatch(
             paths, engine.gpus, engine.family, judge=self.judge, vitals=self.vitals, journal=self.journal, settings=lambda: self.config.watch, client=Client(paths)
-        ).run()
+        )
+        try:
+            await watch.run()
+        except Exception as error:  # a bug in what only looks on is said, and ends no engine that serves
+            record.unexpected(error, self.journal)
 
     async def _probe(self) -> None:
         assert self._engine is not None

@@ -11,13 +11,15 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from datetime import datetime
 
 from vllmd.config.settings import Config
 from vllmd.core import gpu_choice
 from vllmd.core.gpu_choice import Banned, Choice, Device, Refusal, Rules
+from vllmd.core.xids import HINTS
 from vllmd.engines.protocol import Context, Counting, Engine
 from vllmd.errors import GpuUnavailable, TryLater, VllmdError
-from vllmd.gpu import leases
+from vllmd.gpu import leases, quarantine
 from vllmd.gpu.leases import NAME, Claim, Held, Leases
 from vllmd.preflight import devices
 from vllmd.preflight.child import kill_running
@@ -219,8 +221,13 @@ class Gpus:
             await asyncio.sleep(min(POLL_S, max(0.0, end - time.monotonic())))
 
     def _banned(self) -> Mapping[str, Banned]:
-        return {}
+        found = quarantine.read(self._context.paths)
+        return {uuid: Banned(f"{record.what}, since {_moment(record.first_at)}", record.hint or HINTS[record.cls]) for uuid, record in found.items()}
 
     def release(self) -> None:
         self._leases.release()
         self._choice, self._claimed = Choice(), []
+
+
+def _moment(at: float) -> str:
+    return f"{datetime.fromtimestamp(at).astimezone():%Y-%m-%d %H:%M}" if at else "an unknown time"

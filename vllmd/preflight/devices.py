@@ -28,9 +28,26 @@ class Seen:
 
 def look(timeout_s: float) -> Seen:
     """Blocks for the deadline at most. Owners of memory are named with their units."""
-    environ = gpu.child_environ()
-    outcome = child.run([sys.executable, "-P", "-m", "vllmd.gpu.probe", "--memory"], timeout_s=timeout_s, environ=environ)
+    outcome = _ask(timeout_s)
     return parse(outcome.output, timed_out=outcome.timed_out)
+
+
+def document(timeout_s: float) -> dict[str, Any]:
+    """The same for a person's eyes, as the host service would say it, as far as the probe knows."""
+    outcome = _ask(timeout_s)
+    seen = parse(outcome.output, timed_out=outcome.timed_out)
+    rows = [line for line in gpu.objects(outcome.output) if isinstance(line.get("gpus"), list)]
+    units = {process.pid: process.unit for device in seen.devices for process in device.processes}
+    gpus = [dict(each) for line in rows for each in line["gpus"] if isinstance(each, dict)]
+    for each in gpus:
+        each["processes"] = [{**row, "unit": units.get(_number(row, "pid") or 0, "")} for row in _objects(each, "processes")]
+    driver = next((str(line.get("driver_version", "")) for line in rows), "")
+    source = "none" if seen.source == "skipped" else seen.source
+    return {"schema": 1, "source": source, "driver_version": driver, "stuck_in": seen.hung_in, "note": seen.note, "gpus": gpus}
+
+
+def _ask(timeout_s: float) -> child.Outcome:
+    return child.run([sys.executable, "-P", "-m", "vllmd.gpu.probe", "--memory"], timeout_s=timeout_s, environ=gpu.child_environ())
 
 
 def parse(output: str, *, timed_out: bool) -> Seen:

@@ -211,6 +211,21 @@ MESSAGES: dict[str, Kind] = {
         "The start goes on as soon as it is free, and gives up after preflight.gpu_wait_s (status 75, tried again later).\n"
         "`vllmctl gpu` shows who has which GPU. To let instances share GPUs on purpose, set gpus_shared in each of them.",
     ),
+    "gpu-trouble": Kind(
+        "7ab4363087a94dbd870f6e4f5c076f83",
+        "Something is the matter with a GPU of instance @VLLMD_INSTANCE@",
+        "The driver or the kernel reported something that does not end the engine: a warning, an error that follows another,\n"
+        "or one that no process is named for. The message says what it means, and the hint what to do and when.\n"
+        "`vllmctl gpu` shows every GPU of this host.",
+    ),
+    "gpu-verdict": Kind(
+        "3a44bef28d1e4bc19b7fd97f480cd89b",
+        "A GPU error ends the engine of instance @VLLMD_INSTANCE@",
+        "The engine's own work has failed on the GPU (code gpu_xid, status 70: started again), or the GPU needs a reset, a\n"
+        "reboot or a person (gpu_lost, gpu_quarantined, status 69: not started again, since that cannot help). Then no\n"
+        "instance starts on this GPU until the quarantine is lifted; `vllmctl gpu` shows it, and what to do.\n"
+        "To let a detector only count, name it in watch.observe.",
+    ),
     "gpu-memory-not-back": Kind(
         "01250c413750460290a37a631970c514",
         "GPU memory of instance @VLLMD_INSTANCE@ did not come back",
