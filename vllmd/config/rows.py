@@ -10,6 +10,7 @@ from vllmd.config import parsers
 from vllmd.config.settings import (
     Config,
     EngineChoice,
+    GpuWatch,
     Log,
     Metrics,
     Model,
@@ -30,6 +31,7 @@ SECTIONS: Mapping[str, type[Any]] = {
     "start": Start,
     "stop": Stop,
     "watch": Watch,
+    "gpu_watch": GpuWatch,
     "log": Log,
     "metrics": Metrics,
 }

@@ -195,6 +195,18 @@ class Watch:
 
 
 @dataclass(frozen=True, slots=True)
+class GpuWatch:
+    """The watch over the host's GPUs: by vllmd-gpu.service, which reads vllmd.yaml, else by each instance itself."""
+
+    interval_s: float = setting(5.0, p.seconds(above=0), "VLLMD_GPU_WATCH_INTERVAL_S", "Interval of asking the driver about every GPU.", unit="s", restart=False)
+    call_timeout_s: float = setting(15.0, p.seconds(above=0), "VLLMD_GPU_WATCH_CALL_TIMEOUT_S", "A driver call that has not returned after this long is stuck.", unit="s", restart=False)
+    suspect_xids: int = setting(3, p.integer(low=1), "VLLMD_GPU_WATCH_SUSPECT_XIDS", "As many errors of applications within an hour on one GPU, of at least two processes, make it suspect.", restart=False)
+    remapped_rows_warn: int = setting(512, p.integer(low=1), "VLLMD_GPU_WATCH_REMAPPED_ROWS_WARN", "Warn from this many rows that were remapped because of uncorrectable errors.", restart=False)
+    retired_pages_fail: int = setting(63, p.integer(low=1), "VLLMD_GPU_WATCH_RETIRED_PAGES_FAIL", "An older GPU with as many retired pages must be replaced.", restart=False)
+    nvlink_crc_per_s: float = setting(100.0, p.number(low=0), "VLLMD_GPU_WATCH_NVLINK_CRC_PER_S", "Warn of more checksum errors than this on a GPU's NVLinks.", unit="1/s", restart=False)
+
+
+@dataclass(frozen=True, slots=True)
 class Log:
     """The engine's lines in the journal."""
 
@@ -223,6 +235,7 @@ class Config:
     start: Start
     stop: Stop
     watch: Watch
+    gpu_watch: GpuWatch
     log: Log
     metrics: Metrics
     tuning: Any

@@ -134,6 +134,7 @@ RECOVERY: dict[int, Recovery] = {
     2: Recovery("reboot", "the driver says that the host must be rebooted", fatal=True),
     3: Recovery("nvlink", "the driver says that traffic between GPUs must end", fatal=True),
     4: Recovery("reset", "the driver says that the GPU should finish its work and be reset", fatal=False),
+    7: Recovery("reboot", "the driver says that the system must be rebooted", fatal=True),
 }
 """Field 230, NVML_FI_DEV_GET_GPU_RECOVERY_ACTION; 0 is: nothing."""
 
