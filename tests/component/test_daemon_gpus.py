@@ -124,19 +124,19 @@ def test_a_lease_file_that_is_a_symlink_is_refused_and_its_target_untouched(tmp_
 def test_a_number_takes_free_gpus_and_each_instance_its_own() -> None:
     with GpuHost(3) as host, host.instance("one", {"gpus": 1}) as one:
         one.wait_ready()
-        host.set(0, free_mib=8000, processes={one.launch_json()["pid"]: 72000})
+        host.memory(0, 72500, (one.launch_json()["pid"], 72000))
         with host.instance("two", {"gpus": 1}) as two:
             two.wait_ready()
             assert (seen_by_engine(one), seen_by_engine(two)) == (uuid(0), uuid(1))
             assert holders(host) == {uuid(0): ["one"], uuid(1): ["two"]}
             stop(two)
-        host.set(0, free_mib=TOTAL_MIB - 500, processes={})
+        host.memory(0)
         stop(one)
 
 
 def test_a_number_passes_over_a_lost_gpu() -> None:
     with GpuHost(2) as host:
-        host.set(0, fails=15)
+        host.stub.gpu(0, fails=15)
         with host.instance(config={"gpus": 1}) as instance:
             instance.wait_ready()
             assert seen_by_engine(instance) == uuid(1)
@@ -157,7 +157,7 @@ def test_a_list_of_indices_reaches_the_engine_as_uuids_and_all_as_nothing() -> N
             stop(two)
 
 
-@pytest.mark.parametrize("token", ["7", "GPU-dead"])
+@pytest.mark.parametrize("token", ["7", "GPU-deadbeef"])
 def test_a_gpu_that_is_not_there_is_named(token: str) -> None:
     with GpuHost() as host, host.instance(config={"gpus": [token]}) as instance:
         assert f"there is no GPU {token}" in refused(instance, 69, "gpu_hard_fail")["what"]
@@ -165,21 +165,21 @@ def test_a_gpu_that_is_not_there_is_named(token: str) -> None:
 
 def test_a_lost_gpu_of_ours_refuses() -> None:
     with GpuHost(2) as host:
-        host.set(1, fails=15)
+        host.stub.gpu(1, fails=15)
         with host.instance() as instance:
             assert "GPU 1" in refused(instance, 69, "gpu_hard_fail")["what"]
 
 
 def test_a_driver_that_hangs_at_preflight_refuses_at_the_deadline() -> None:
     with GpuHost() as host:
-        host.driver(hang=True)
+        host.stub.set(hang="nvmlDeviceGetMemoryInfo")
         with host.instance(config={"preflight": {"gpu_timeout_s": 1.5}}) as instance:
             assert "did not answer within 1.5 s" in refused(instance, 69, "gpu_hard_fail")["what"]
 
 
 def test_on_a_host_without_driver_nobody_is_asked_twice_and_nothing_is_leased() -> None:
     with GpuHost() as host:
-        host.driver(error=9)
+        host.stub.set(init=9)
         with host.instance() as instance:
             instance.wait_ready()
             assert holders(host) == {}
@@ -193,13 +193,13 @@ def test_on_a_host_without_driver_nobody_is_asked_twice_and_nothing_is_leased() 
 def test_the_start_waits_for_memory_and_names_who_has_it() -> None:
     with GpuHost() as host, subprocess.Popen(["/bin/sleep", "600"]) as foreign:
         try:
-            host.set(0, free_mib=10000, processes={foreign.pid: 69000})
+            host.memory(0, TOTAL_MIB - 10000, (foreign.pid, 69000))
             with host.instance(config={"preflight": {"gpu_wait_s": 60}}) as instance:
                 procs.wait_until("the wait", lambda: "the start waits for GPUs" in instance.log())
                 assert f"10000 of {TOTAL_MIB} MiB free" in instance.log()
                 assert f"sleep (pid {foreign.pid}" in instance.log()
                 assert holders(host) == {uuid(0): ["demo"]}, "the gate stands under the lease"
-                host.set(0, free_mib=TOTAL_MIB - 500, processes={})
+                host.memory(0)
                 instance.wait_ready()
                 stop(instance)
         finally:
@@ -208,7 +208,7 @@ def test_the_start_waits_for_memory_and_names_who_has_it() -> None:
 
 def test_a_start_whose_memory_stays_taken_is_75_with_the_owner() -> None:
     with GpuHost() as host:
-        host.set(0, free_mib=10000, processes={os.getpid(): 69000})
+        host.memory(0, TOTAL_MIB - 10000, (os.getpid(), 69000))
         with host.instance() as instance:
             error = refused(instance, 75, "gpu_memory_taken")
             assert f"pid {os.getpid()}" in error["what"]
@@ -219,7 +219,7 @@ def test_memory_that_does_not_come_back_is_75_with_the_holder() -> None:
     config = {"stop": {"gpu_release_timeout_s": 1.0}}
     with GpuHost() as host, host.instance(config=config) as instance:
         instance.wait_ready()
-        host.set(0, free_mib=20000, processes={os.getpid(): 59000})
+        host.memory(0, 60000, (os.getpid(), 59000))
         instance.signal(signal.SIGTERM)
         assert instance.wait_exit() == 75, instance.describe()
         error = instance.last_json()["error"]
@@ -232,7 +232,7 @@ def test_memory_that_does_not_come_back_is_75_with_the_holder() -> None:
 def test_the_end_waits_for_memory_that_comes_back_late() -> None:
     with GpuHost() as host, host.instance() as instance:
         instance.wait_ready()
-        host.set(0, free_mib=20000)
+        host.memory(0, 60000)
         instance.signal(signal.SIGTERM)
         instance.wait_state("killing")
         procs.wait_until("the engine's end", lambda: not instance.engine())
@@ -240,7 +240,7 @@ def test_the_end_waits_for_memory_that_comes_back_late() -> None:
         assert instance.daemon
         assert instance.daemon.poll() is None, "it waits"
         assert holders(host) == {uuid(0): ["demo"]}, "and keeps the lease"
-        host.set(0, free_mib=TOTAL_MIB - 500)
+        host.memory(0)
         assert instance.wait_exit() == 0
 
 
@@ -248,7 +248,7 @@ def test_the_first_failure_stays_the_reason_where_memory_does_not_come_back() ->
     config = {"stop": {"gpu_release_timeout_s": 0.5}}
     with GpuHost() as host, host.instance(config=config) as instance:
         instance.wait_ready()
-        host.set(0, free_mib=20000)
+        host.memory(0, 60000)
         instance.kill_engine("vllm")
         assert instance.wait_exit() == 75
         last = instance.last_json()
