@@ -47,7 +47,7 @@ class Folder:
         if self.descriptor < 0:
             return []
         with os.scandir(self.descriptor) as entries:
-            found = [entry.name for _, entry in zip(range(SEEN), entries, strict=False) if NAME.fullmatch(entry.name)]
+            found = [entry.name for _, entry in zip(range(SEEN), entries, strict=False) if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
         return sorted(found, reverse=True)
 
     def summary(self, ident: str) -> dict[str, Any]:
@@ -123,7 +123,7 @@ def incidents(paths: Paths, name: str, ident: str | None, *, part: str | None = 
         if part is not None:
             sys.stdout.write(_lines(_part(folder, found, part)))
         elif as_json:
-            print(json.dumps({**folder.summary(found), "texts": {each: _part(folder, found, each) for each in folder.parts(found)}}))
+            print(json.dumps({**folder.summary(found), "texts": dict(_texts(folder, found))}))
         else:
             sys.stdout.writelines(f"{line}\n" for line in screen(folder, found))
     return 0
@@ -146,6 +146,12 @@ def _part(folder: Folder, ident: str, name: str) -> str:
         return folder.read(ident, name)
     except OSError as error:
         raise UsageError("no_part", f"{printable(name)[:80]}: {error.strerror}", f"its files: {', '.join(folder.parts(ident))}") from None
+
+
+def _texts(folder: Folder, ident: str) -> Iterator[tuple[str, str]]:
+    for name in folder.parts(ident):
+        with contextlib.suppress(OSError):
+            yield name, folder.read(ident, name)
 
 
 def _list(folder: Folder, instance: str, *, as_json: bool) -> None:
@@ -185,7 +191,10 @@ def screen(folder: Folder, ident: str) -> Iterator[str]:
     parts = folder.parts(ident)
     notes = _notes(said)
     for name in parts:
-        content = _part(folder, ident, name)
+        try:
+            content = folder.read(ident, name)
+        except OSError as error:
+            content = f"cannot be read: {error.strerror}"
         note = f" ({notes[name]})" if notes.get(name) else ""
         yield ""
         yield f"--- {name}{note}"
