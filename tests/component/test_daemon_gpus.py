@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -16,7 +16,9 @@ from tests import procs
 from tests.component.gpu_hosts import TOTAL_MIB, GpuHost, uuid
 from tests.harness import Instance
 from vllmd.config.paths import root_paths
-from vllmd.gpu import leases
+from vllmd.core.xids import HINTS
+from vllmd.gpu import leases, quarantine
+from vllmd.gpu.quarantine import Record
 
 pytestmark = pytest.mark.component
 
@@ -184,6 +186,83 @@ def test_on_a_host_without_driver_nobody_is_asked_twice_and_nothing_is_leased() 
             instance.wait_ready()
             assert holders(host) == {}
             assert instance.status_json()["gpus"] == []
+            stop(instance)
+
+
+# -- MIG
+
+
+def test_mig_devices_are_leased_one_by_one_and_keep_their_gpu_from_being_taken_whole() -> None:
+    mine, others = "MIG-aaaaaaaa-1111-2222-3333-444455556666", "MIG-bbbbbbbb-1111-2222-3333-444455556666"
+    with GpuHost() as host:
+        host.stub.slices(0, (mine, 10000, 9900), (others, 10000, 9900))
+        with host.instance("one", {"gpus": [mine]}) as one, host.instance("two", {"gpus": [others]}) as two:
+            one.wait_ready()
+            two.wait_ready()
+            assert (seen_by_engine(one), seen_by_engine(two)) == (mine, others)
+            assert {each: sorted(names) for each, names in holders(host).items()} == {uuid(0): ["one", "two"], mine: ["one"], others: ["two"]}
+            with host.instance("whole", {"gpus": ["0"]}) as whole:
+                refused(whole, 75, "gpu_leased")
+            with host.instance("again", {"gpus": [mine]}) as again:
+                assert "instance one" in refused(again, 75, "gpu_leased")["what"]
+            stop(one)
+            stop(two)
+
+
+def test_the_memory_gate_looks_at_the_mig_device_and_not_at_its_gpu() -> None:
+    mine = "MIG-aaaaaaaa-1111-2222-3333-444455556666"
+    with GpuHost() as host:
+        host.stub.slices(0, (mine, 10000, 4000))
+        with host.instance(config={"gpus": [mine]}) as instance:
+            assert "4000 of 10000 MiB free" in refused(instance, 75, "gpu_memory_taken")["what"]
+
+
+# -- quarantine
+
+
+def quarantine_gpu(host: GpuHost, index: int, cls: Literal["reset", "reboot", "replace"]) -> None:
+    paths = root_paths(host.root)
+    quarantine.add(paths, Record(uuid(index), cls, 79, "Xid 79: the GPU has fallen off the bus", HINTS[cls]))
+
+
+@pytest.mark.parametrize("gpus", ["all", ["1"]])
+def test_a_quarantined_gpu_refuses_with_what_to_do_before_anything_is_fetched(gpus: Any) -> None:
+    with GpuHost(2) as host:
+        quarantine_gpu(host, 1, "reboot")
+        with host.instance(config={"gpus": gpus}) as instance:
+            error = refused(instance, 69, "gpu_quarantined")
+            assert "GPU 1 NVIDIA H100" in error["what"]
+            assert "Xid 79" in error["what"]
+            assert ", since 20" in error["what"]
+            assert "rebooted" in error["hint"]
+            assert "resolving" not in instance.log()
+            assert holders(host) == {}
+
+
+def test_a_number_passes_over_a_quarantined_gpu_and_says_so_when_too_few_are_left() -> None:
+    with GpuHost(2) as host:
+        quarantine_gpu(host, 0, "reset")
+        with host.instance("one", {"gpus": 1}) as one:
+            one.wait_ready()
+            assert seen_by_engine(one) == uuid(1)
+            stop(one)
+        with host.instance("two", {"gpus": 2, "serve": {"tensor_parallel_size": 2}}) as two:
+            assert "2 GPUs are wanted" in refused(two, 69, "gpu_quarantined")["what"]
+
+
+def test_a_new_boot_lifts_what_needed_one_and_a_clear_what_needed_a_reset() -> None:
+    with GpuHost() as host:
+        paths = root_paths(host.root)
+        quarantine.add(paths, Record(uuid(0), "reboot", 79, "Xid 79"), boot="11111111-2222-3333-4444-555555555555")
+        with host.instance() as instance:
+            instance.wait_ready()
+            stop(instance)
+            quarantine_gpu(host, 0, "reset")
+            instance.start()
+            refused(instance, 69, "gpu_quarantined")
+            assert quarantine.clear(paths, uuid(0))
+            instance.start()
+            instance.wait_ready()
             stop(instance)
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests import procs
+from tests.fakes.nvml import Stub, uuid
 from tests.needs import need
-from vllmd.preflight import gpu
+from vllmd.preflight import devices, gpu
 from vllmd.preflight.gates import Limits
 from vllmd.preflight.gpu import GpuRequest
 
@@ -215,3 +216,24 @@ def test_the_probe_gets_no_secrets_and_no_notify_socket(no_driver_of_this_machin
     assert "PATH" in names
     assert not names & {"NOTIFY_SOCKET", "VLLM_API_KEY", "HF_TOKEN"}
     assert os.environ["HF_TOKEN"] == "x"
+
+
+def test_for_the_gates_around_a_launch_it_says_who_has_memory_and_which_mig_devices_there_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The real binding, above the stub of the driver's library."""
+    monkeypatch.setattr(gpu, "_package_home", lambda: str(Path(__file__).parent.parent.parent))
+    stub = Stub(tmp_path, 2)
+    for name, value in stub.environ().items():
+        monkeypatch.setenv(name, value)
+    stub.gpu(0, memory="80000 10000 70000")
+    stub.processes(0, (os.getpid(), 69000), (2**22 - 1, 100))
+    stub.slices(1, ("MIG-1", 10000, 9000))
+    seen = devices.look(30)
+    assert (seen.source, seen.hung_in) == ("nvml", "")
+    one, two = seen.devices
+    assert (one.index, one.uuid, one.memory_total_mib, one.memory_free_mib, one.slices) == (0, uuid(0), 80000, 10000, ())
+    assert [(each.pid, each.used_mib) for each in one.processes] == [(os.getpid(), 69000), (2**22 - 1, 100)]
+    assert one.processes[0].name == Path("/proc/self/comm").read_text().strip()
+    assert one.processes[1].name == "", "gone, or not to be seen"
+    assert [(each.uuid, each.memory_total_mib, each.memory_free_mib) for each in two.slices] == [("MIG-1", 10000, 9000)]
+    stub.set(hang="nvmlDeviceGetMemoryInfo")
+    assert devices.look(1.5).hung_in == "nvml"
