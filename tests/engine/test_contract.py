@@ -9,6 +9,7 @@ import contextlib
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -148,6 +149,23 @@ class TestGenerating:
         assert generated == 3
         assert prompted > 0
         assert generating.metric("vllm:num_requests_running") == generating.metric("vllm:num_requests_waiting") == 0
+
+    def test_a_long_prompt_moves_the_cache_and_no_counter(self, generating: EngineServer, kind: Kind) -> None:
+        """In chunks, of which all but the last yield no token: vLLM counts no iteration then, and a supervisor that looked at
+        those alone would take a long prefill for a hang."""
+        prompt = [5] * (25_000 if kind.name == "real" else 1_000_000)
+        answers: list[int] = []
+        asking = threading.Thread(target=lambda: answers.append(generating.ask("/v1/completions", {**PROMPT, "prompt": prompt}, timeout_s=120)[0]))
+        steps = generating.metric("vllm:iteration_tokens_total_count")
+        seen = set()
+        asking.start()
+        while len(seen) < 3 and asking.is_alive():
+            cached = generating.metric("vllm:kv_cache_usage_perc")
+            if generating.metric("vllm:iteration_tokens_total_count") == steps:
+                seen.add(cached)
+        asking.join()
+        assert answers == [200]
+        assert len(seen) >= 3, "the share of the KV cache in use grows with each chunk"
 
     def test_tree_is_one_session_with_renamed_children(self, generating: EngineServer) -> None:
         members = generating.members()

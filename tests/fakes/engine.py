@@ -23,11 +23,14 @@ S are seconds (fractions allowed), counted from the start of the process or, wit
 | FAKE_LISTEN | end, never, mute, close@S | bound only; listens but never accepts; closes the listener S after ready |
 | FAKE_HEALTH | 200, CODE, CODE@S | the status of /health, S after ready |
 | FAKE_HEALTH_DELAY_S | 0 | how long /health takes to answer; `inf` never answers |
-| FAKE_COMPLETIONS | ok, 400, 500, hang, empty | what inference answers; empty: 200 without a token or vector |
+| FAKE_COMPLETIONS | ok, 400, 500, hang, empty, WORD@S | what inference answers, S after ready; empty: 200 without a token or vector |
+| FAKE_FRONT | ok, busy@S, stuck@S | from S after ready on the API server answers nobody: it computes for ever, or waits for ever |
+| FAKE_DEAD_RANK | R@S | with --data-parallel-size N: that rank does nothing any more, S after the start of EngineCore |
+| FAKE_HELPER | CODE@S | a helper process that ends with CODE, S after ready |
 | FAKE_TOKEN_S | 0.005 | time of one step of EngineCore |
 | FAKE_TASK | auto, generate, embed, score, transcribe | which routes exist; auto reads the model's directory |
 | FAKE_HEARTBEAT | live, frozen, ghost | frozen: counters stand still under load; ghost: they move while idle |
-| FAKE_METRICS | ok, huge, garbage, slow, 500, hang | /metrics; huge is 64 MB, slow a byte in a tenth of a second |
+| FAKE_METRICS | ok, huge, garbage, slow, 500, hang, absent, sleeping | /metrics; huge is 64 MB, slow a byte in a tenth of a second; absent: as with --disable-log-stats |
 | FAKE_SIGTERM | ok, ignore | once ready |
 | FAKE_SIGTERM_STARTING | lost, wedge, die | while starting: goes on to ready; never gets there; ends. A second one always ends it |
 | FAKE_DEATH_S | 3 | from the death of EngineCore or a Worker to the API server's exit with 0 |

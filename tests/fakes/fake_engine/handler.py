@@ -54,6 +54,7 @@ class Handler(BaseHTTPRequestHandler):
         return {path: lambda page=page: self.reply(page) for path, page in pages.items()}  # type: ignore[misc]
 
     def route(self, routes: dict[str, Callable[[], None]]) -> None:
+        self.site.stand_still()
         path = self.path.partition("?")[0]
         self.body = self.rfile.read(int(self.headers.get("content-length") or 0))
         try:
@@ -120,6 +121,8 @@ class Handler(BaseHTTPRequestHandler):
                 self.reply("Internal Server Error", 500, "text/plain; charset=utf-8")
             case "hang":
                 self.site.rest(None)
+            case "absent":
+                self.reply("# TYPE process_cpu_seconds_total counter\nprocess_cpu_seconds_total 1.5\n", kind=kind)
             case _:
                 self.reply(text, kind=kind)
 
@@ -153,7 +156,7 @@ class Handler(BaseHTTPRequestHandler):
         if body.get("stream"):
             self.stream(shape, answers, usage=bool((body.get("stream_options") or {}).get("include_usage")))
         else:
-            count = 0 if self.site.modes.completions == "empty" else sum(1 for _ in answers)
+            count = 0 if self.site.completions == "empty" else sum(1 for _ in answers)
             self.reply(shape.whole(count))
 
     def pool(self) -> None:
@@ -162,11 +165,12 @@ class Handler(BaseHTTPRequestHandler):
             pass
         texts = body.get("input", body.get("text_2", body.get("documents", "")))
         count = len(texts) if isinstance(texts, list) else 1
-        self.reply(pooled(self.site.task, self.site.name, count, empty=self.site.modes.completions == "empty", packed=body.get("encoding_format") == "base64"))
+        self.reply(pooled(self.site.task, self.site.name, count, empty=self.site.completions == "empty", packed=body.get("encoding_format") == "base64"))
 
     def answers(self, tokens: int, prompt: int) -> Iterator[int]:
         """Yields for each token; Refused when EngineCore dies; aborts the request when the client has gone."""
-        name, answers = self.site.served.add(tokens, prompt)
+        rank = self.headers.get("x-data-parallel-rank")
+        name, answers = self.site.served.add(tokens, prompt, None if rank is None else int(rank))
         try:
             for index in range(tokens + 1):
                 word = self.wait(answers)

@@ -95,11 +95,14 @@ class ApiServer:
     def start_core(self) -> None:
         listener = [self.sock] if self.sock else []
         processes.start_stray(self.modes.stray, listener)
+        processes.start_helper(self.modes.helper, self.modes.start_s, listener)
         for _ in range(self.modes.crowd):
             processes.start_stray(self.modes.stray or frozenset({"ignore"}), listener)
         load_s = self.modes.start_s - sum(share_s(self.modes, share) for share in SHARES)
-        self.core, link = processes.start(self.modes, number(self.options.max_num_seqs, 256), load_s, listener)
-        self.served = Served(link, self.modes, self.events.put)
+        self.core, link = processes.start(
+            self.modes, number(self.options.max_num_seqs, 256), number(self.options.max_num_batched_tokens, 2048), load_s, listener
+        )
+        self.served = Served(link, self.modes, self.events.put, ranks=number(self.options.data_parallel_size, 1))
         drop_litter(self.modes.shm_mb)
         start_fault(self.modes.output, self.modes.output_mb)
         threading.Thread(target=self.served.listen_to_core, daemon=True).start()

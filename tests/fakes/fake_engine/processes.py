@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .modes import Modes
+from .modes import Modes, Timed
 from .output import Output
 
 END_OF_LOAD = b"loaded"
@@ -118,15 +118,29 @@ def hog(megabytes: int, file: str) -> None:
 
 
 @dataclass
+class Request:
+    """`tokens` still to come; `cached` of the prompt's tokens are in the KV cache."""
+
+    tokens: int
+    prompt: int
+    rank: int
+    cached: int = 0
+    begun: bool = False
+
+
+@dataclass
 class Core:
-    """EngineCore: continuous batching of up to `slots` requests, a token for each in every step."""
+    """EngineCore: continuous batching of up to `slots` requests, a token for each in every step. A long prompt goes first, a
+    `chunk` in a step, and yields nothing until its last one. One process plays all data-parallel ranks."""
 
     api: socket.socket
     worker: socket.socket
     modes: Modes
     slots: int
-    left: dict[str, int] = field(default_factory=dict)
+    chunk: int = 2048
+    left: dict[str, Request] = field(default_factory=dict)
     orphan: bool = False
+    born: float = 0.0
 
     def run(self) -> None:
         output = Output("EngineCore", silent=self.modes.output == "silent")
@@ -136,17 +150,18 @@ class Core:
         output.log("Graph capturing finished in 0 secs, took 0.00 GiB", place="gpu_model_runner.py:5000")
         output.log("init engine (profile, create kv cache, warmup model) took 0.01 s", place="core.py:402")
         self.tell({"ready": True})
+        self.born = time.monotonic()
         while True:
             self.turn()
 
     def turn(self) -> None:
         sources = [self.worker] if self.orphan else [self.worker, self.api]
-        readable, _, _ = select.select(sources, [], [], 0 if self.left else None)
+        readable, _, _ = select.select(sources, [], [], 0 if self.alive() else None)
         if self.worker in readable:
             os._exit(1)  # between steps it only becomes readable by its end
         if self.api in readable:
             self.receive()
-        elif self.left:
+        else:
             self.step()
 
     def receive(self) -> None:
@@ -155,36 +170,55 @@ class Core:
             self.orphan = True
             self.left.clear()
             return
-        request = json.loads(message)
-        if request["tokens"]:
-            self.left[request["id"]] = request["tokens"]
-        else:
-            self.left.pop(request["id"], None)
-            self.report([], [])
+        asked = json.loads(message)
+        if asked["tokens"]:
+            self.left[asked["id"]] = Request(asked["tokens"], asked["prompt"], asked["rank"])
+        elif asked["id"] in self.alive():
+            self.report(self.left.pop(asked["id"]).rank, [], [])
 
     def step(self) -> None:
         time.sleep(self.modes.token_s)
         self.worker.send(b"step")
         if not self.worker.recv(16):
             os._exit(1)
-        running = list(self.left)[: self.slots]
-        for request in running:
-            self.left[request] -= 1
-        finished = [request for request in running if not self.left[request]]
-        for request in finished:
-            del self.left[request]
-        self.report(running, finished)
+        alive = self.alive()
+        for rank in sorted({request.rank for request in alive.values()}):
+            self.step_rank(rank, [name for name, request in alive.items() if request.rank == rank][: self.slots])
 
-    def report(self, tokens: list[str], finished: list[str]) -> None:
-        still = min(self.slots, len(self.left))
-        self.tell({"tokens": tokens, "finished": finished, "running": still, "waiting": len(self.left) - still})
+    def alive(self) -> dict[str, Request]:
+        """The requests of ranks that still do something."""
+        mode = self.modes.dead_rank
+        if not mode or time.monotonic() - self.born < mode.after_s:
+            return self.left
+        return {name: request for name, request in self.left.items() if request.rank != int(mode.word)}
+
+    def step_rank(self, rank: int, running: list[str]) -> None:
+        tokens, prompted = [], 0
+        for name in running:
+            request = self.left[name]
+            request.cached = min(request.prompt, request.cached + self.chunk)
+            if request.cached == request.prompt:
+                prompted += request.prompt * (not request.begun)
+                request.begun = True
+                request.tokens -= 1
+                tokens.append(name)
+        finished = [name for name in tokens if not self.left[name].tokens]
+        for name in finished:
+            del self.left[name]
+        self.report(rank, tokens, finished, prompted)
+
+    def report(self, rank: int, tokens: list[str], finished: list[str], prompted: int = 0) -> None:
+        left = [request for request in self.left.values() if request.rank == rank]
+        still = min(self.slots, len(left))
+        cached = sum(request.cached for request in left) / 2_097_152
+        self.tell({"rank": rank, "tokens": tokens, "finished": finished, "running": still, "waiting": len(left) - still, "cached": cached, "prompted": prompted})
 
     def tell(self, message: dict[str, object]) -> None:
         with suppress(OSError):
             self.api.send(json.dumps(message).encode())
 
 
-def start(modes: Modes, slots: int, share_s: float, listener: list[socket.socket]) -> tuple[int, socket.socket]:
+def start(modes: Modes, slots: int, chunk: int, share_s: float, listener: list[socket.socket]) -> tuple[int, socket.socket]:
     """The tree of a server that starts: EngineCore's pid, and our end of its socket."""
     alive, held = os.pipe()
     fork(lambda: track_resources(alive, held), listener)
@@ -198,11 +232,22 @@ def start(modes: Modes, slots: int, share_s: float, listener: list[socket.socket
         above, below = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fork(Worker(below, modes, share_s).run, [above, theirs])
         below.close()
-        Core(theirs, above, modes, slots).run()
+        Core(theirs, above, modes, slots, chunk).run()
 
     pid = fork(run_core, [ours, *listener])
     theirs.close()
     return pid, ours
+
+
+def start_helper(mode: Timed, start_s: float, listener: list[socket.socket]) -> None:
+    """As a compile helper: it ends by itself, and nothing is wrong."""
+
+    def run() -> None:
+        time.sleep(start_s + mode.after_s)
+        os._exit(int(mode.word))
+
+    if mode:
+        fork(run, listener)
 
 
 def start_stray(wanted: frozenset[str], listener: list[socket.socket]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,20 @@ class Site:
         entry = {"id": self.name, "object": "model", "created": 1795225266, "owned_by": "vllm", "root": self.model}
         return {"object": "list", "data": [{**entry, "parent": None, "max_model_len": self.max_len, "permission": []}]}
 
+    @property
+    def completions(self) -> str:
+        """The mode of inference by now."""
+        mode = self.modes.completions
+        return mode.word if time.monotonic() - self.served.ready_at >= mode.after_s else "ok"
+
+    def stand_still(self) -> None:
+        """As an event loop that is blocked: nobody is answered any more."""
+        mode = self.modes.front
+        if mode.word != "ok" and time.monotonic() - self.served.ready_at >= mode.after_s:
+            while mode.word == "busy":
+                pass
+            self.rest(None)
+
     def rest(self, seconds: float | None) -> None:
         """None: for ever; the process ends around it."""
         if seconds != 0:
@@ -51,7 +66,7 @@ class Site:
             raise Refused(500, ENGINE_DEAD, "InternalServerError")
         if self.served.stopping:
             raise Refused(500, CLOSED, "InternalServerError")
-        match self.modes.completions:
+        match self.completions:
             case "400":
                 raise Refused(400, "As of transformers v4.44, default chat template is no longer allowed")
             case "500":

@@ -22,12 +22,15 @@ TOKEN = "token"
 
 @dataclass
 class Counters:
+    """Of one data-parallel rank. `cached`: the share of the KV cache in use."""
+
     running: int = 0
     waiting: int = 0
     steps: int = 0
     generated: int = 0
     prompted: int = 0
     succeeded: int = 0
+    cached: float = 0.0
 
 
 @dataclass
@@ -37,7 +40,8 @@ class Served:
     core: socket.socket
     modes: Modes
     on_change: Callable[[str], None]
-    counters: Counters = field(default_factory=Counters)
+    ranks: int = 1
+    counters: dict[int, Counters] = field(default_factory=dict)
     open: dict[str, queue.SimpleQueue[str]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
     numbers: count[int] = field(default_factory=lambda: count(1))
@@ -45,14 +49,18 @@ class Served:
     dead: bool = False
     ready_at: float = float("inf")
 
-    def add(self, tokens: int, prompt_tokens: int) -> tuple[str, queue.SimpleQueue[str]]:
+    def __post_init__(self) -> None:
+        self.counters = {rank: Counters() for rank in range(self.ranks)}
+
+    def add(self, tokens: int, prompt_tokens: int, rank: int | None = None) -> tuple[str, queue.SimpleQueue[str]]:
         """Hand a request to EngineCore; its queue then gets TOKEN for each token and FINISHED or DEAD at the end."""
         answers: queue.SimpleQueue[str] = queue.SimpleQueue()
         with self.lock:
-            name = f"{next(self.numbers):016x}"
+            number = next(self.numbers)
+            name = f"{number:016x}"
             self.open[name] = answers
-        self.counters.prompted += prompt_tokens
-        self.send({"id": name, "tokens": tokens})
+        rank = number % self.ranks if rank is None else rank
+        self.send({"id": name, "tokens": tokens, "prompt": prompt_tokens, "rank": rank})
         return name, answers
 
     def drop(self, name: str) -> None:
@@ -94,30 +102,38 @@ class Served:
             answers.put(word)
 
     def count(self, message: dict[str, Any]) -> None:
-        self.counters.running, self.counters.waiting = message["running"], message["waiting"]
-        if self.modes.heartbeat != "frozen" and message["tokens"]:
-            self.counters.steps += 1
-            self.counters.generated += len(message["tokens"])
-            self.counters.succeeded += len(message["finished"])
+        now = self.counters[message["rank"]]
+        now.running, now.waiting = message["running"], message["waiting"]
+        if self.modes.heartbeat == "frozen":
+            return
+        now.cached = message["cached"]
+        if message["tokens"]:  # as vLLM: a step without output is no iteration
+            now.steps += 1
+            now.generated += len(message["tokens"])
+            now.succeeded += len(message["finished"])
+            now.prompted += message["prompted"]
 
     def metrics(self, model: str) -> str:
         """The names that a supervisor reads, in vLLM's exposition."""
-        now, labels = self.counters, f'engine="0",model_name="{model}"'
+        lines = [line for rank in self.counters for line in self.figures(rank, model)]
+        return "\n".join([*lines, f"process_start_time_seconds {time.time():.1f}"]) + "\n"
+
+    def figures(self, rank: int, model: str) -> list[str]:
+        now, labels = self.counters[rank], f'engine="{rank}",model_name="{model}"'
         ghost = int(time.monotonic() * 100) if self.modes.heartbeat == "ghost" else 0
-        lines = [
+        return [
+            f'vllm:engine_sleep_state{{{labels},sleep_state="awake"}} {float(self.modes.metrics != "sleeping")}',
             "# HELP vllm:num_requests_running Number of requests in model execution batches.",
             "# TYPE vllm:num_requests_running gauge",
             f"vllm:num_requests_running{{{labels}}} {float(now.running)}",
             f"vllm:num_requests_waiting{{{labels}}} {float(now.waiting)}",
-            f"vllm:kv_cache_usage_perc{{{labels}}} 0.0",
+            f"vllm:kv_cache_usage_perc{{{labels}}} {now.cached}",
             f"vllm:num_preemptions_total{{{labels}}} 0.0",
             f"vllm:prompt_tokens_total{{{labels}}} {float(now.prompted)}",
             f"vllm:generation_tokens_total{{{labels}}} {float(now.generated + ghost)}",
-            f'vllm:request_success_total{{engine="0",finished_reason="length",model_name="{model}"}} {float(now.succeeded)}',
-            f'vllm:iteration_tokens_total_bucket{{engine="0",le="+Inf",model_name="{model}"}} {float(now.steps + ghost)}',
+            f'vllm:request_success_total{{engine="{rank}",finished_reason="length",model_name="{model}"}} {float(now.succeeded)}',
+            f'vllm:iteration_tokens_total_bucket{{engine="{rank}",le="+Inf",model_name="{model}"}} {float(now.steps + ghost)}',
             f"vllm:iteration_tokens_total_count{{{labels}}} {float(now.steps + ghost)}",
             f"vllm:iteration_tokens_total_sum{{{labels}}} {float(now.prompted + now.generated + ghost)}",
             f"vllm:iteration_tokens_total_created{{{labels}}} 1.795225302e+09",
-            f"process_start_time_seconds {time.time():.1f}",
         ]
-        return "\n".join(lines) + "\n"
