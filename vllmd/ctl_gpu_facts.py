@@ -20,6 +20,7 @@ from vllmd.gpu.quarantine import Record
 DRIVER_TIMEOUT_S = 45.0
 _GPUS = 1024
 _TEXT = 200
+_REMAPPED = ("correctable", "uncorrectable", "pending", "failed")
 
 
 def todo(record: Record) -> str:
@@ -41,7 +42,7 @@ class Seen:
     utilization_pct: int | None = None
     ecc_uncorrected: int | None = None
     ecc_corrected: int | None = None
-    remapped: Mapping[str, Any] = field(default_factory=dict)
+    remapped: Mapping[str, int] = field(default_factory=dict)
     verdict_class: str = ""
     verdict: str = ""
     hint: str = ""
@@ -96,7 +97,7 @@ def _seen(words: Mapping[str, Any], held: Mapping[str, tuple[Holder, ...]], bann
         utilization_pct=_number(words, "utilization_pct"),
         ecc_uncorrected=_number(_object(words, "ecc"), "uncorrected"),
         ecc_corrected=_number(_object(words, "ecc"), "corrected"),
-        remapped=_object(words, "remapped"),
+        remapped={key: int(value) for key in _REMAPPED if isinstance(value := _object(words, "remapped").get(key), int) and value},
         verdict_class=_text(_object(words, "verdict"), "class"),
         verdict=_text(_object(words, "verdict"), "what"),
         hint=_text(_object(words, "verdict"), "hint"),

@@ -66,9 +66,8 @@ def _errors(seen: Seen) -> str:
         found.append(f"{seen.ecc_uncorrected} uncorrected")
     if seen.ecc_corrected:
         found.append(f"{seen.ecc_corrected} corrected")
-    rows = {key: value for key, value in seen.remapped.items() if key in ("correctable", "uncorrectable", "pending", "failed") and value}
-    if rows:
-        found.append("remapped rows " + ", ".join(f"{key} {int(value)}" for key, value in rows.items() if isinstance(value, int)))
+    if seen.remapped:
+        found.append("remapped rows " + ", ".join(f"{key} {value}" for key, value in seen.remapped.items()))
     return ", ".join(found) or "-"
 
 
