@@ -11,6 +11,7 @@ from vllmd import ctl_gpu_facts as facts
 from vllmd import ctl_gpu_show as show
 from vllmd.commandline import Parser
 from vllmd.config.paths import Paths
+from vllmd.core.xids import recovery
 from vllmd.ctl_gpu_facts import Host, Seen
 from vllmd.errors import GpuUnavailable, PermissionMissing, UsageError
 from vllmd.gpu import quarantine
@@ -88,8 +89,9 @@ def _one(host: Host, token: str) -> Seen:
 
 def _refuse_early(seen: Seen, record: Record) -> None:
     force = f"(If you know better: `vllmctl gpu clear --force {seen.uuid}`.)"
-    if seen.lost or seen.verdict_class in ("reset", "reboot", "replace", "lost"):
-        what = f"GPU {seen.label} still cannot be used: {seen.lost.replace('_', ' ') or seen.verdict}"
+    if seen.lost or seen.recovery_action:  # not the verdict: that is the quarantine itself, as long as it stands
+        wanted = seen.lost.replace("_", " ") or f"the driver wants more ({recovery(seen.recovery_action or 0).what})"
+        what = f"GPU {seen.label} still cannot be used: {wanted}"
         raise GpuUnavailable("gpu_still_sick", what, f"{seen.hint or facts.todo(record)} {force}")
     if record.cls != "reset":
         what = f"the quarantine of GPU {seen.label} is of class {record.cls}: {_WHY[record.cls]}"

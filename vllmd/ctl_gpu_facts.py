@@ -43,6 +43,8 @@ class Seen:
     ecc_uncorrected: int | None = None
     ecc_corrected: int | None = None
     remapped: Mapping[str, int] = field(default_factory=dict)
+    recovery_action: int | None = None
+    """What the driver itself asks for; 0 or None for nothing."""
     verdict_class: str = ""
     verdict: str = ""
     hint: str = ""
@@ -98,6 +100,7 @@ def _seen(words: Mapping[str, Any], held: Mapping[str, tuple[Holder, ...]], bann
         ecc_uncorrected=_number(_object(words, "ecc"), "uncorrected"),
         ecc_corrected=_number(_object(words, "ecc"), "corrected"),
         remapped={key: int(value) for key in _REMAPPED if isinstance(value := _object(words, "remapped").get(key), int) and value},
+        recovery_action=_number(words, "recovery_action"),
         verdict_class=_text(_object(words, "verdict"), "class"),
         verdict=_text(_object(words, "verdict"), "what"),
         hint=_text(_object(words, "verdict"), "hint"),

@@ -76,7 +76,7 @@ def _remarks(seen: Seen) -> Iterator[str]:
     if record is not None:
         yield f"quarantined since {_moment(record.first_at)}, class {record.cls}, seen {record.count} times: {record.what}".replace("seen 1 times", "seen once")
         yield todo(record)
-    if seen.verdict and seen.verdict_class not in ("", "ok"):
+    if seen.verdict and seen.verdict_class not in ("", "ok") and (record is None or record.what not in seen.verdict):
         yield seen.verdict + (f": {seen.hint}" if seen.hint else "")
     owners = {each.unit for each in seen.holders if each.unit}
     for pid, used, unit in seen.processes if seen.holders else ():

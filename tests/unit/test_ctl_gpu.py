@@ -168,7 +168,7 @@ def test_a_clear_lifts_a_reset_that_was_done(run: Ctl) -> None:
     assert "is not quarantined" in run("clear", UUIDS[1])[1]
 
 
-@pytest.mark.parametrize("change", [{"lost": "reset_required"}, {"verdict": {"class": "reset", "what": "the driver wants a reset", "hint": "Reset it."}}])
+@pytest.mark.parametrize("change", [{"lost": "reset_required"}, {"recovery_action": 1}])
 def test_a_clear_before_the_reset_is_refused_unless_forced(run: Ctl, change: dict[str, Any]) -> None:
     run.quarantine(1, "reset")
     run.said["gpus"][1] = gpu(1, **change)
@@ -195,8 +195,9 @@ def test_a_clear_of_what_needs_more_than_a_reset_is_refused_unless_forced(run: C
 def test_the_driver_s_own_verdict_on_a_quarantined_gpu_alone_does_not_hold_a_clear_up(run: Ctl) -> None:
     """The host service shows the quarantine itself as the verdict's class: that would make every clear impossible."""
     run.quarantine(1, "reset")
-    record = quarantine.read(run.paths)[UUIDS[1]].as_dict()
-    run.said["gpus"][1] = gpu(1, quarantine=record)
+    record = quarantine.read(run.paths)[UUIDS[1]]
+    run.said["gpus"][1] = gpu(1, quarantine=record.as_dict(), verdict={"class": "reset", "what": record.what, "hint": record.hint})
+    assert run()[1].count(record.what) == 1
     run("clear", "1")
     assert quarantine.read(run.paths) == {}
 
