@@ -6,7 +6,7 @@ The clock is given (`at`, seconds that only grow); what is remembered is bounded
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -118,8 +118,8 @@ class Book:
 
     # -- snapshots
 
-    def snapshot(self, gpus: list[Mapping[str, Any]], at: float) -> list[Finding]:
-        """What holds now and did not before."""
+    def snapshot(self, gpus: Sequence[Mapping[str, Any]], at: float, wall: float) -> list[Finding]:
+        """What holds now and did not before. `wall`: the time that the findings bear."""
         found = []
         for gpu in gpus:
             name = text(gpu, "uuid") or text(gpu, "pci") or str(gpu.get("index"))
@@ -130,7 +130,7 @@ class Book:
                 known = held.get(condition.key)
                 held[condition.key] = _Held(condition, at)
                 if known is None:
-                    found.append(condition.finding(gpu, at))
+                    found.append(condition.finding(gpu, wall))
             self._held[name] = {key: each for key, each in held.items() if each.is_here or (each.condition.cls not in QUARANTINE and at - each.last_at < HOLD_S)}
             self._before[name] = gpu
         self._before_at = at

@@ -6,6 +6,7 @@ its repetitions, and weighed against what came before, in core/gpu_book.py.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -73,6 +74,15 @@ def of_recovery(action: int, *, uuid: str, pci: str, at: float) -> Finding:
     """The driver's own verdict; `action` is above 0."""
     row = xids.recovery(action)
     return Finding(uuid, pci, "gpu_xid", 0, row.cls, fatal=row.fatal, what=row.what, hint=xids.HINTS[row.cls], at=at)
+
+
+_PCI = re.compile(r"(?:PCI:)?([0-9a-f]{4,8}):([0-9a-f]{2}):([0-9a-f]{2})(?:\.[0-9a-f])?", re.ASCII | re.IGNORECASE)
+
+
+def canonical_pci(text: str) -> str:
+    """One name for what the kernel writes as 0000:10:00 and NVML as 00000000:10:00.0; '' for what is none."""
+    found = _PCI.fullmatch(text)
+    return f"{int(found[1], 16):04x}:{found[2]}:{found[3]}.0".lower() if found else ""
 
 
 def is_fatal_line(detail: str) -> bool:
