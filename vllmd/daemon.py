@@ -155,6 +155,8 @@ class Daemon:
         return self._exit
 
     def _advance(self, event: ev.Event) -> None:
+        if isinstance(event, ev.VerdictReached):
+            self.examiner.heard(event.failure)  # also one that comes after the exit that it explains
         try:
             life, effects = step(self.life, event)
         except Impossible as error:

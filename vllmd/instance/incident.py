@@ -19,6 +19,7 @@ from vllmd.core.events import Failure
 from vllmd.core.faults import Cause, Facts, GpuFact, Signs
 from vllmd.core.fingerprint import fingerprint, of_traceback, steady
 from vllmd.engines.protocol import Diagnosing
+from vllmd.errors import Status
 from vllmd.instance import badcache, causes, incident_store
 from vllmd.instance import evidence_host as host
 from vllmd.instance.board import Board, now_text
@@ -36,7 +37,7 @@ from vllmd.system.threads import in_thread
 EXAMINE_S, GATHER_S, CACHE_S, WRITE_S = 5.0, 3.2, 0.5, 1.0
 KIB = 1 << 10
 OOM_SAMPLES, OOM_SAMPLE_S = 3, 10.0
-GPU_FACT_S = 60.0
+GPU_FACT_S, GPU_LATE_S = 60.0, 0.5
 _EXIT_CODE, _EXIT_SIGNAL = "exit status ", "killed by "
 
 
@@ -69,9 +70,10 @@ class Examiner:
             self._oom_at = time.monotonic()
             self._oom.append(host.host_oom_kills())
 
-    def gpu(self, what: str, hint: str, *, fatal: bool) -> None:
-        """A finding on one of our GPUs; for a minute it may be the cause of what the engine dies of."""
-        self._gpu.append((time.monotonic(), GpuFact(what, hint, fatal)))
+    def heard(self, verdict: Failure) -> None:
+        """A verdict over one of our GPUs may be the cause of what the engine dies of, for a minute."""
+        if verdict.code.startswith("gpu_"):
+            self._gpu.append((time.monotonic(), GpuFact(verdict.what, verdict.hint, verdict.status == Status.UNAVAILABLE)))
 
     def ready(self) -> None:
         """The engine serves: its caches are good."""
@@ -107,9 +109,14 @@ class Examiner:
             self._journal.event("evidence-incomplete", f"the evidence could not be gathered: {type(error).__name__}: {error}", priority=4)
         return self.examined.failure if self.examined else failure
 
+    async def _late_verdicts(self) -> None:
+        """The kernel tells of a GPU's fault about when the engine dies of it."""
+        if self._vitals.gpus is not None and not self._gpu:
+            await asyncio.sleep(GPU_LATE_S)
+
     async def _examine(self, failure: Failure, engine: EngineLife, config: Config, began: float) -> Failure:
         ident = incident_store.new_id()
-        sheets = await self._gather(engine)
+        sheets, _ = await asyncio.gather(self._gather(engine), self._late_verdicts())
         facts = self._facts(failure, engine)
         signs = engine.engine.signs if isinstance(engine.engine, Diagnosing) else Signs()
         cause = await in_thread(lambda: faults.decide(facts, signs))
