@@ -6,6 +6,7 @@ import json
 import os
 import stat
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from tests import publishing, tiny_models
 from tests.needs import need
 from vllmd.config.settings import Model
-from vllmd.errors import ModelNotFound, StorageFailed
+from vllmd.errors import ConfigError, ModelNotFound, StorageFailed
 from vllmd.models import contents as manifests
 from vllmd.models import demo, links, provenance, publish, retention
 from vllmd.models.identity import hash12, label
@@ -308,6 +309,33 @@ def test_mark_that_cannot_be_understood_speaks_for_all(published: Published, kin
         case _:
             mark.write_text({"number": "[1]", "nested": "[" * 100_000}[kind])
     assert publish.damaged(directory) == {"config.json", "tokenizer.json", "LICENSE", "model.safetensors", "sub/notes.txt"}
+
+
+def test_directory_in_the_place_of_a_mark_does_not_stop_the_repair(published: Published) -> None:
+    directory = published(1)
+    mark = mark_of(directory)
+    (mark / "x").mkdir(parents=True)
+    publish.mark_damaged(directory, ["LICENSE"])
+    assert mark.is_file()
+    mark.unlink()
+    mark.mkdir()
+    assert published(1) == directory
+    assert not mark.exists()
+    assert publish.damaged(directory) == frozenset()
+
+
+@pytest.mark.parametrize(("source", "is_refused"), [("hf-hub", True), ("hf-cache", True), ("r2", False)])
+def test_policy_for_revisions_holds_for_what_a_hub_gave_before_it(tmp_path: Path, published: Published, monkeypatch: pytest.MonkeyPatch, source: str, is_refused: bool) -> None:
+    described = publishing.described
+    monkeypatch.setattr(publishing, "described", lambda *args, **more: replace(described(*args, **more), source=source))
+    directory = published(1)
+    asked, policy = tiny_models.request(tmp_path, sources=("local",)), Model(require_revision="commit")
+    assert resolve(asked, Model(), {}, nothing).directory == directory
+    if is_refused:
+        with pytest.raises(ConfigError, match="require_revision"):
+            resolve(asked, policy, {}, nothing)
+    else:
+        assert resolve(asked, policy, {}, nothing).directory == directory
 
 
 def test_version_that_became_a_link_is_made_anew_where_it_belongs(tmp_path: Path, published: Published) -> None:

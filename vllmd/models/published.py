@@ -139,8 +139,9 @@ def mark_damaged(directory: Path, names: Iterable[str]) -> None:
 
 
 def _mark(directory: Path, names: frozenset[str]) -> None:
-    path = mark_of(directory)
-    write_atomic(path, json.dumps(sorted(damaged(directory) | names)) + "\n")
+    path, names = mark_of(directory), damaged(directory) | names
+    _remove_directory(path)
+    write_atomic(path, json.dumps(sorted(names)) + "\n")
     if os.geteuid() == 0:
         owner = path.parent.stat()
         os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
@@ -155,7 +156,16 @@ def forget_removed(home: Path) -> None:
     """Marks of versions whose removal was interrupted. Needs the lock. OSError."""
     for path in home.glob("*.damaged"):
         if not present(path.with_suffix("")):
+            _remove_directory(path)
             path.unlink(missing_ok=True)
+
+
+def _remove_directory(path: Path) -> None:
+    """Somebody's directory in the place of a mark would break the repair of the version for ever."""
+    if is_real_directory(path):
+        from shutil import rmtree
+
+        rmtree(path)
 
 
 def forget_damage(directory: Path) -> None:
@@ -164,5 +174,6 @@ def forget_damage(directory: Path) -> None:
 
     path = mark_of(directory)
     if present(path):
-        path.unlink()
+        _remove_directory(path)
+        path.unlink(missing_ok=True)
         durable.sync_directory(path.parent)

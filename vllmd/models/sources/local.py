@@ -13,23 +13,28 @@ import os
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest
+from vllmd.errors import ConfigError
 from vllmd.models import provenance
 from vllmd.models.identity import hash12, label
 from vllmd.models.places import is_directory, present
 from vllmd.models.published import fault, manifest_of
-from vllmd.models.sources import Candidate, Context, Finding, Found, NotFound
+from vllmd.models.sources import Candidate, Context, Finding, Found, NotFound, hub_revision
 from vllmd.models.store import PUBLISHED, published_target
+
+HUBS = ("hf-hub", "hf-cache")
+"""Sources for which model.require_revision speaks."""
 
 
 class Local:
     name = "local"
     label = "local directory"
 
-    def find(self, request: ModelRequest, context: Context) -> Finding:  # noqa: ARG002 - the settings say nothing more
+    def find(self, request: ModelRequest, context: Context) -> Finding:
         if request.path:
             return _given(Path(request.path))
-        looked = _Looked(request)
+        looked = _Looked(request, context.settings)
         for path in _hashed(request):
             looked.at(path, _hashed_reason(path, request))
         plain = request.store / request.name
@@ -43,9 +48,11 @@ class _Looked:
     """What was found so far. Several links lead to one published version."""
 
     request: ModelRequest
+    settings: Model
     found: list[Candidate] = field(default_factory=list)
     reasons: list[str] = field(default_factory=list)
     versions: set[Path] = field(default_factory=set)
+    refused: list[ConfigError] = field(default_factory=list)
 
     def at(self, path: Path, reason: str) -> None:
         """A place, and why it is not the model ('' if it is)."""
@@ -66,12 +73,24 @@ class _Looked:
             self.found.append(Candidate(directory, warning=f"{directory} has no manifest that can be read: only its headers are checked"))
         elif reason := fault(directory, contents):
             self.reasons.append(f"{directory} {reason}")
-        else:
+        elif self._is_allowed(contents.source):
             self.found.append(Candidate(directory, contents.revision))
+
+    def _is_allowed(self, source: str) -> bool:
+        """What a hub once gave is no more fixed for lying here: the policy may be younger than the version."""
+        if source in HUBS:
+            try:
+                hub_revision.require(self.request, self.settings)
+            except ConfigError as error:
+                self.refused.append(error)
+                return False
+        return True
 
     def finding(self) -> Finding:
         if self.found:
             return Found(tuple(self.found))
+        if self.refused:
+            raise self.refused[0]
         store, request = self.request.store, self.request
         return NotFound("; ".join(self.reasons) or f"no {request.name or label(request)} in {store}")
 
