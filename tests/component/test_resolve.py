@@ -377,12 +377,20 @@ def test_unreadable_default_cache_of_the_user_is_no_failure(find: Find, monkeypa
 def test_crash_between_the_two_renames_of_todays_tool_is_repaired(store: Path, find: Find, told: Told) -> None:
     for name, mtime_s in (("old", 1000), ("new", 2000)):
         backup = demo.make(store / f"Tiny.bak.{name}", shards=1 if name == "old" else 2)
+        (backup / ".complete").touch()
         os.utime(backup, (mtime_s, mtime_s))
     model = find()
     assert model.directory == store / "Tiny"
     assert (store / "Tiny" / SHARD2).exists()
     assert (store / "Tiny.bak.old").exists()
     assert f"restored {store}/Tiny from Tiny.bak.new" in told.text
+
+
+def test_copy_that_a_person_made_is_no_backup_of_ours(store: Path, find: Find) -> None:
+    demo.make(store / "Tiny.bak.2026")
+    with pytest.raises(ModelNotFound):
+        find()
+    assert (store / "Tiny.bak.2026").is_dir()
 
 
 def test_backup_is_left_alone_while_the_model_is_there(store: Path, find: Find) -> None:

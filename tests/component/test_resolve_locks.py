@@ -88,6 +88,37 @@ def test_progress_is_written_once_a_second_and_never_more_than_a_line(tmp_path: 
         assert path.read_text().endswith(": third\n")
 
 
+def test_lock_file_that_is_removed_while_it_is_held_makes_no_second_holder(tmp_path: Path) -> None:
+    path = tmp_path / ".locks/vllm-model.abc.lock"
+    with locked(tmp_path, "abc", 5, nothing) as held:
+        path.unlink()
+        held.say("1 of 100 GB")
+        assert path.read_text().endswith(": 1 of 100 GB\n")
+        with pytest.raises(TryLater, match="held by pid"), locked(tmp_path, "abc", 0.1, nothing):
+            pytest.fail("two held one lock")
+        path.unlink()
+        with locked(tmp_path, "abc", 0, nothing), pytest.raises(TryLater, match="was removed while it was held"):
+            held.say("2 of 100 GB")
+
+
+def test_who_waited_for_a_lock_file_that_was_removed_meets_the_others_on_the_new_one(tmp_path: Path) -> None:
+    path = tmp_path / ".locks/vllm-model.abc.lock"
+    told: list[str] = []
+    first, third = (locked(tmp_path, "abc", 5, nothing) for _ in range(2))
+    first.__enter__()
+
+    def replace(text: str) -> None:
+        if not told:
+            path.unlink()
+            third.__enter__()
+            first.__exit__(None, None, None)
+        told.append(text)
+
+    with pytest.raises(TryLater, match="held by pid"), locked(tmp_path, "abc", 0.3, replace):
+        pytest.fail("two held one lock")
+    third.__exit__(None, None, None)
+
+
 def test_other_models_do_not_wait(tmp_path: Path) -> None:
     with locked(tmp_path, "abc", 0, nothing), locked(tmp_path, "def", 0, nothing):
         pass

@@ -85,6 +85,14 @@ def test_a_new_upload_is_a_new_version(tmp_path: Path) -> None:
     assert [asked.path for asked in server.asked] == ["/models", "/models/p/Tiny/notes.txt"], "what another version has is not fetched again"
 
 
+def test_exclusion_of_everything_is_named_as_the_reason(tmp_path: Path) -> None:
+    with S3Server(Bucket(demo.make(tmp_path / "uploaded"))) as server:
+        settings = Model(r2_bucket="models", r2_models_prefix="p", r2_endpoint_url=server.url, exclude=("*",))
+        with pytest.raises(ModelInvalid, match="no file that an engine reads") as caught:
+            resolve(tiny_models.request(tmp_path / "store", sources=("r2",)), settings, dict(os.environ), lambda _said: None)
+    assert "model.exclude" in caught.value.hint
+
+
 class Summed(Bucket):
     """Objects have a SHA-256, as the one who uploaded them computed it."""
 

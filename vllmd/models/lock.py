@@ -36,15 +36,35 @@ class Lock:
     """The identity's lock, held."""
 
     fd: int
+    store: Path
+    path: Path
     said_at: float = float("-inf")
 
     def say(self, text: str) -> None:
         """How far the holder came, for those who wait; they wait on as long as it changes. Once a second at most is written.
         A disk too full for that is no reason to stop."""
+        self.keep()
         now = time.monotonic()
         if now - self.said_at >= SAY_S:
             self.said_at = now
             _sign(self.fd, text)
+
+    def keep(self) -> None:
+        """Somebody removed the lock file by hand: whoever came after that locked another file, and two wrote into one stage.
+        The lock is taken anew under its name; TryLater where another has it by now."""
+        if _is_at(self.fd, self.path):
+            return
+        with explained(f"open {self.path}"):
+            fd = _open(self.store, self.path)
+        if not _taken(fd):
+            holder = _holder(fd)
+            os.close(fd)
+            what = f"{self.path} was removed while it was held, and {holder} has taken it since"
+            raise TryLater("lock_lost", what, "Never remove a lock file; what was fetched is kept, start again.")
+        os.close(self.fd)
+        self.fd, self.said_at = fd, float("-inf")
+        if not _is_at(fd, self.path):
+            self.keep()
 
 
 @contextmanager
@@ -53,13 +73,21 @@ def locked(store: Path, hash12: str, timeout_s: float, waiting: Callable[[str], 
     which the holder said nothing new."""
     path = store / DIRECTORY / f"vllm-model.{hash12}.lock"
     with explained(f"open {path}"):
-        fd = _open(store, path)
+        lock = Lock(_open(store, path), store, path)
     try:
-        _acquire(fd, path, timeout_s, waiting)
-        _sign(fd)
-        yield Lock(fd)
+        while True:
+            _acquire(lock.fd, path, timeout_s, waiting)
+            if _is_at(lock.fd, path):
+                break
+            # It was removed while we waited: others meet on the file that has the name now.
+            with explained(f"open {path}"):
+                fresh = _open(store, path)
+            os.close(lock.fd)
+            lock.fd = fresh
+        _sign(lock.fd)
+        yield lock
     finally:
-        os.close(fd)
+        os.close(lock.fd)
 
 
 def private_directory(store: Path, name: str) -> Path:
@@ -168,6 +196,16 @@ def _acquire(fd: int, path: Path, timeout_s: float, waiting: Callable[[str], Non
             told = now
             waiting(f"waiting for {holder}, which resolves the same model (gives up after {timeout_s:.0f} s without progress)")
         time.sleep(min(POLL_S, max(timeout_s - (now - since), 0.001)))
+
+
+def _is_at(fd: int, path: Path) -> bool:
+    """Whether the name still leads to the file; where that cannot be seen nothing was removed."""
+    try:
+        return os.path.samestat(os.fstat(fd), path.lstat())
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def _taken(fd: int) -> bool:

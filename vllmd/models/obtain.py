@@ -54,7 +54,7 @@ def obtain(errand: Errand, offered: Offered) -> ResolvedModel:
     StorageFailed, PermissionMissing."""
     listing = selected(checked(offered.listing), errand.settings.exclude)
     if not listing.files:
-        raise invalid(listing.origin, "has no file that an engine reads", code="model_incomplete")
+        raise invalid(listing.origin, "has no file that an engine reads", _excluding(errand.settings), "model_incomplete")
     if not errand.settings.allow_pickle:
         refuse_pickles(listing)
     with explained(f"look into {errand.request.store}"):
@@ -66,6 +66,10 @@ def obtain(errand: Errand, offered: Offered) -> ResolvedModel:
             errand.say(f"{errand.request.identity} is as {listing.origin} has it", level="")
             return _resolved(errand, directory, contents)
     return _fetched(errand, offered, listing)
+
+
+def _excluding(settings: Model) -> str:
+    return f"model.exclude (VLLMD_EXCLUDE) leaves out what matches {', '.join(settings.exclude)[:200]}: is that meant?" if settings.exclude else ""
 
 
 def _fetched(errand: Errand, offered: Offered, listing: Listing) -> ResolvedModel:
@@ -84,6 +88,7 @@ def _fetched(errand: Errand, offered: Offered, listing: Listing) -> ResolvedMode
     try:
         contents = _filled(errand, offered, listing, stage, log)
         with beating(lambda: errand.say("writing to the disk", level="")):
+            errand.waiting("publishing")
             directory = publish.publish(store, errand.request, stage.files, contents, settings.keep, errand.say)
         with explained(f"remove {stage.directory}"):
             stage.remove()

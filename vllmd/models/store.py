@@ -52,15 +52,25 @@ def manifest_name(directory: Path) -> str:
 
 
 def recover(store: Path, request: ModelRequest, warn: Callable[[str], None]) -> None:
-    """Put back what a crash between two renames, by us or by the existing tool, left as NAME.bak.RANDOM. Needs the lock."""
+    """Put back what a crash between two renames, by us or by the existing tool, left as NAME.bak.RANDOM. A person's own
+    copies have such names too: those stay where they are. Needs the lock."""
     names = (request.name, f"{request.name}.{hash12(request.identity)}") if request.name else ()
     for name in dict.fromkeys((*names, label(request))):
         target = store / name
         if present(target):
             continue
-        backups = [path for path in store.glob(f"{_literal(name)}.bak.*") if is_real_directory(path)]
+        backups = [path for path in store.glob(f"{_literal(name)}.bak.*") if _was_left(path, name, request)]
         if backups:
             _restore(max(backups, key=lambda path: path.stat().st_mtime_ns), target, warn)
+
+
+def _was_left(backup: Path, name: str, request: ModelRequest) -> bool:
+    """Ours is named by eight hex digits and was under <label>, a name that nobody but us gives; the tools' was complete."""
+    if not is_real_directory(backup):
+        return False
+    if name == label(request) and re.fullmatch(r"[0-9a-f]{8}", backup.name.rpartition(".")[2]):
+        return True
+    return any(present(backup / mark) for mark in (USE_LOCK, ".vllm-model-provenance"))
 
 
 def _literal(name: str) -> str:
