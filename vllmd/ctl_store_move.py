@@ -46,6 +46,8 @@ def export(place: Place, name: str, version: str | None, output: str, identity: 
     """Everything that is said goes to stderr. ModelInvalid where the model is not whole."""
     if output == STDIO and sys.stdout.isatty():
         raise UsageError("usage", "a terminal cannot take a tar file", "-o FILE, or a pipe")
+    if output != STDIO and Path(output).is_dir():
+        raise UsageError("usage", f"-o {shown(output)} is a directory", "-o FILE says the file's name too")
     if identity is not None:
         _check_identity(identity)
     chosen = _chosen(look(place), name, version)

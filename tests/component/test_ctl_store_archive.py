@@ -164,6 +164,13 @@ def test_output_that_cannot_be_written_is_said_and_nothing_is_left(here: Host, t
     assert b"Traceback" not in result.stderr
 
 
+def test_output_that_is_a_directory_is_the_command_lines_fault(here: Host, tmp_path: Path) -> None:
+    refused = here.run("export", "acme/Tiny", "-o", tmp_path)
+    assert refused.returncode == 64
+    assert b"is a directory" in refused.stderr
+    assert b"-o FILE" in refused.stderr
+
+
 def test_reader_that_goes_away_is_a_failure(here: Host) -> None:
     publishing.publish_version(here.store, 1, size=3_000_000)
     with subprocess.Popen(here.command("export", "acme/Tiny"), stdout=subprocess.PIPE, stderr=subprocess.PIPE) as writer:
