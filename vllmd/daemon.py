@@ -321,7 +321,7 @@ class Daemon:
         self.post(ev.DrainExpired())
 
     async def _examine(self, failure: ev.Failure) -> None:
-        self._cancel("probe", "watch", "gpu-watch", "drain")
+        self._cancel("probe", "watch", "drain")  # the GPU watch goes on: what it hears now may be the cause
         assert self._engine is not None
         self.post(ev.EvidenceGathered(await self.examiner.examine(failure, self._engine, self.config)))
 
