@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from vllmd.errors import UsageError
 SERVING = frozenset({"ready", "unconfigured"})
 NOT_SERVING = 3
 _BAR = 20
+
+_INCIDENT = re.compile(r"[0-9A-Za-z.-]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +119,7 @@ def screen(instance: Instance) -> Iterator[str]:
         ("model", model_of(said)),
         ("endpoint", ", ".join(said["endpoints"]) if _strings(said.get("endpoints")) else files.text(said, "endpoint")),
         ("engine", _engine(said)),
+        ("gpus", ", ".join(each[:12] for each in said["gpus"]) if _strings(said.get("gpus")) else ""),
         ("unit", _unit(instance)),
         ("memory", _bytes(instance.unit.memory_bytes) if instance.unit and instance.unit.memory_bytes is not None else ""),
         *(("warning", str(each)) for each in said.get("warnings") or () if isinstance(said.get("warnings"), list)),
@@ -142,6 +146,8 @@ def _problem_rows(instance: Instance) -> Iterator[tuple[str, str]]:
         yield "hint", instance.problem.hint
     elif files.problem(instance.ended) is not None and (ended := files.problem(instance.ended)):
         yield "last error", f"{ended.what} ({_ago(files.moment(instance.ended, 'at')) or 'long'} ago)"
+    if _INCIDENT.fullmatch(incident := files.text(instance.ended, "incident")) and not files.problem(instance.said):
+        yield "evidence", f"vllmctl incidents {instance.name} {incident}"
 
 
 def _dot(instance: Instance) -> str:

@@ -44,6 +44,12 @@ def ctl(instance: Instance, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30)
 
 
+def status(instance: Instance) -> str:
+    script = "import sys; from vllmd.ctl import main; sys.exit(main())"
+    argv = [sys.executable, "-c", script, "--root", str(instance.root), "status", instance.name]
+    return subprocess.run(argv, capture_output=True, text=True, check=False, timeout=30).stdout
+
+
 @contextlib.contextmanager
 def hung(**more: Any) -> Iterator[Instance]:
     """A ready engine with work whose EngineCore is stopped: a hang, noticed within a second or so."""
@@ -71,6 +77,7 @@ def test_a_crash_leaves_an_incident_that_journal_and_last_json_name() -> None:
         assert "ValueError: no room" in (folder / "engine.log").read_text()
         assert "vllm:num_requests_running" in (folder / "metrics.txt").read_text()
         assert json.loads((folder / "config.json").read_text())["config"]["serve"]["port"] == instance.port
+        assert f"vllmctl incidents demo {folder.name}" in status(instance)
         assert oct(folder.stat().st_mode & 0o777) == "0o750"
         assert {oct(path.stat().st_mode & 0o777) for path in folder.iterdir()} == {"0o640"}
         counts = json.loads((instance.state / "causes.json").read_text())

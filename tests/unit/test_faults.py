@@ -10,6 +10,7 @@ import pytest
 from vllmd.core.events import Failure
 from vllmd.core.faults import CAUSES, QUOTED, Facts, GpuFact, again, decide
 from vllmd.engines.vllm_faults import SIGNATURES, SIGNS
+from vllmd.system.messages import MESSAGES
 
 pytestmark = pytest.mark.unit
 
@@ -178,3 +179,15 @@ def test_the_third_time_in_a_row_is_said() -> None:
     third = again(EXITED, 3, "2026-11-21T09:00:00Z")
     assert "3 times in a row since 2026-11-21T09:00:00Z" in third.what
     assert third.hint.startswith("restarts have not helped")
+
+
+DOCS = Path(__file__).parents[2] / "docs/incidents.md"
+
+
+def test_every_cause_stands_in_the_documentation_and_in_the_catalog() -> None:
+    rows = {line.split("|")[1].strip(): line.split("|")[2:4] for line in DOCS.read_text().splitlines() if line.startswith("| ")}
+    final = {65, 69, 78}
+    for code, row in CAUSES.items():
+        status, restarted = (cell.strip() for cell in rows[code])
+        assert (int(status), restarted) == (row.status, "no" if row.status in final else "yes"), code
+        assert row.event(code) in MESSAGES
