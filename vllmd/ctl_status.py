@@ -146,7 +146,8 @@ def _problem_rows(instance: Instance) -> Iterator[tuple[str, str]]:
         yield "hint", instance.problem.hint
     elif files.problem(instance.ended) is not None and (ended := files.problem(instance.ended)):
         yield "last error", f"{ended.what} ({_ago(files.moment(instance.ended, 'at')) or 'long'} ago)"
-    if _INCIDENT.fullmatch(incident := files.text(instance.ended, "incident")) and not files.problem(instance.said):
+    is_of_now = not files.problem(instance.said) or files.text(instance.said, "launch_id") == files.text(instance.ended, "launch_id")
+    if is_of_now and _INCIDENT.fullmatch(incident := files.text(instance.ended, "incident")):
         yield "evidence", f"vllmctl incidents {instance.name} {incident}"
 
 
