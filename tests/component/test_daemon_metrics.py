@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
-import os
 import socket
 import threading
 from pathlib import Path
@@ -19,6 +18,9 @@ from tests.component.test_daemon_status import reload
 from tests.engine.server import UnixConnection
 from tests.harness import Instance, merged
 from tests.ports import free_port
+from tests.unit.expositions import names
+from tests.unit.test_monitoring import asked
+from vllmd.instance.metric_rows import METRICS
 
 pytestmark = pytest.mark.component
 
@@ -40,6 +42,21 @@ def test_the_exposition_of_a_running_instance_is_clean() -> None:
         instance.wait_ready()
         checked = promtool.run("check", "metrics", stdin=instance.control("/metrics")[1])
         assert (checked.returncode, checked.stdout) == (0, "")
+
+
+NOT_ALWAYS = ("vllmd_gpu_", "vllmd_transfer_", "vllmd_failures_total", "vllmd_last_failure_time_seconds")
+"""Of a watch over GPUs, of a model on its way, of a failure."""
+
+
+def test_a_running_instance_tells_what_alerts_and_dashboard_ask_for() -> None:
+    with quick() as instance:
+        instance.wait_ready()
+        wanted = {name for name in asked() if name.startswith("vllmd_") and not name.startswith(NOT_ALWAYS)}
+        assert len(wanted) > 10
+        procs.wait_until("all of them", lambda: wanted <= set(names(instance.control("/metrics")[1])), 10)
+        told = names(instance.control("/metrics")[1])
+        assert {name: told[name] for name in wanted} == {name: {"name", *METRICS[name].labels} for name in wanted}
+        stop(instance)
 
 
 def test_an_address_answers_for_metrics_and_nothing_else() -> None:
@@ -142,14 +159,14 @@ def test_a_textfile_is_whole_at_every_moment_and_gone_at_the_end(tmp_path: Path)
         assert all(text.startswith("# HELP vllmd_info ") and "\nvllmd_private_memory_bytes{" in text and text.endswith("\n") for text in read)
         assert path.stat().st_mode & 0o777 == 0o644
         stop(instance)
-        assert os.listdir(directory) == []
+        assert list(directory.iterdir()) == []
 
 
 def test_a_textfile_is_removed_also_after_a_failure(tmp_path: Path) -> None:
     with quick({"FAKE_EXIT_READY": "7@0.3"}, textfile(tmp_path)) as instance:
         procs.wait_until("the file", (tmp_path / "vllmd-demo.prom").exists, 10)
         ends(instance, 70, "engine_exited", ready=True)
-        assert os.listdir(tmp_path) == []
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_a_directory_that_cannot_be_written_is_said_once_and_ends_nothing(tmp_path: Path) -> None:

@@ -39,6 +39,11 @@ def expressions() -> Iterator[tuple[str, str]]:
         yield note["name"], note["expr"]
 
 
+def asked() -> set[str]:
+    """Every metric that an alert or a panel asks for."""
+    return {name for _, expression in expressions() for name, _ in _NAME.findall(expression)}
+
+
 def test_promtool_finds_the_alerts_valid() -> None:
     checked = promtool.run("check", "rules", str(ALERTS))
     assert checked.returncode == 0, checked.stdout
@@ -60,9 +65,9 @@ def test_promtool_finds_the_scrape_configuration_valid(tmp_path: Path) -> None:
 def test_every_metric_and_label_that_is_asked_for_is_told_by_somebody(tmp_path: Path) -> None:
     told = {**names(ours(tmp_path)), **names(VLLM.read_text()), **FROM_PROMETHEUS}
     for where, expression in expressions():
-        asked = _NAME.findall(expression)
-        assert asked, where
-        for name, matchers in asked:
+        found = _NAME.findall(expression)
+        assert found, where
+        for name, matchers in found:
             assert name in told, f"{where}: nobody tells {name}"
             unknown = set(_MATCHER.findall(matchers)) - told[name] - TARGET_LABELS
             assert not unknown, f"{where}: {name} has no {unknown}"
@@ -170,10 +175,9 @@ def test_the_dashboard_asks_the_chosen_prometheus_for_the_chosen_instances() -> 
 
 
 def test_what_the_issue_asks_for_is_drawn(tmp_path: Path) -> None:
-    asked = {name for _, expression in expressions() for name, _ in _NAME.findall(expression)}
-    ours_shown = {name for name in names(ours(tmp_path)) if name in asked}
+    ours_shown = asked() & set(names(ours(tmp_path)))
     assert {"vllmd_state", "vllmd_engine_heartbeat_age_seconds", "vllmd_verdicts_total", "vllmd_failures_total", "vllmd_gpu_verdict"} <= ours_shown
-    assert {"vllm:generation_tokens_total", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:inter_token_latency_seconds_bucket"} <= asked
+    assert {"vllm:generation_tokens_total", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc", "vllm:inter_token_latency_seconds_bucket"} <= asked()
 
 
 def test_the_provisioning_names_the_directory_of_the_dashboard() -> None:
