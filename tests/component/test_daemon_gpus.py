@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -134,6 +135,18 @@ def test_a_number_takes_free_gpus_and_each_instance_its_own() -> None:
             stop(two)
         host.memory(0)
         stop(one)
+
+
+def test_three_that_start_at_once_take_a_gpu_each_without_waiting() -> None:
+    """Each chooses before the others have leased: who comes second takes the next."""
+    config = {"gpus": 1, "preflight": {"gpu_wait_s": 0}}
+    with GpuHost(3) as host, contextlib.ExitStack() as stack:
+        three = [stack.enter_context(host.instance(name, config)) for name in ("one", "two", "three")]
+        for instance in three:
+            instance.wait_ready(60)
+        assert {seen_by_engine(instance) for instance in three} == {uuid(0), uuid(1), uuid(2)}
+        for instance in three:
+            stop(instance)
 
 
 def test_a_number_passes_over_a_lost_gpu() -> None:

@@ -119,9 +119,28 @@ class Gpus:
         if seen.source == "skipped":
             self._lease_unseen()
             return None
-        choice = self._choose(seen)
-        if isinstance(choice, Refusal):
-            return self._error(choice)
+        had = self._claimed
+        waiting = self._lease(seen)
+        if waiting is not None:
+            return waiting
+        if self._claimed != had:
+            seen = await self._look()  # what was seen before the lease may be another start's by now
+        return self._gate(seen)
+
+    def _lease(self, seen: Seen) -> VllmdError | None:
+        """Of a number of GPUs the next best is tried where another start was faster."""
+        held: VllmdError | None = None
+        for _ in range(len(seen.devices) or 1 if isinstance(self._context.config.gpus, int) else 1):
+            choice = self._choose(seen)
+            if isinstance(choice, Refusal):
+                return held or self._error(choice)
+            held = self._take(choice)
+            if held is None:
+                self._choice = choice
+                return None
+        return held
+
+    def _take(self, choice: Choice) -> Held | None:
         claims = self._claims(choice)
         if claims != self._claimed:
             self.release()
@@ -130,9 +149,7 @@ class Gpus:
             except Held as held:
                 return held
             self._claimed = claims
-            seen = await self._look()  # what was seen before the lease may be another start's by now
-        self._choice = choice
-        return self._gate(seen)
+        return None
 
     async def _look(self) -> Seen:
         timeout_s = self._context.config.preflight.gpu_timeout_s
