@@ -16,7 +16,7 @@ from vllmd.models.transfer.client import Answer, Client
 from vllmd.models.transfer.receive import Receiver, write_all
 from vllmd.models.transfer.work import Ended, Part, Task, Work
 
-NOTE_BYTES = 8 << 20
+NOTE_BYTES = 4 << 20
 """How often it is noted what of a part is there."""
 PROGRESS_BYTES = 64 << 10
 """A server that gives less than that before it breaks has given nothing."""
