@@ -40,7 +40,7 @@ class Limits:
 
     @property
     def slack_s(self) -> float:
-        return min(5.0, max(0.5, self.hang_s / 4)) if self.hang_s else 5.0
+        return min(5.0, max(1.0, self.hang_s / 4)) if self.hang_s else 5.0
 
 
 @dataclass(frozen=True, slots=True)
