@@ -30,7 +30,7 @@ run: ## serve a tiny demo model with the real vLLM until Ctrl-C (MODEL=/path ser
 
 test: ## all tests (ARGS='-m unit' runs some)
 	@tools/setup.sh venv engine test
-	@VLLMD_TEST_ENGINES="$(ENGINES)" exec .venv/bin/pytest -m "not soak" --durations=15 $(ARGS)
+	@VLLMD_TEST_ENGINES="$(ENGINES)" exec tools/test.sh $(ARGS)
 
 # Status 5 is pytest's "none selected": ARGS may choose tests of one part only.
 soak: ## the tests that take longer than make test may, and the system tests on Debian 13

@@ -15,6 +15,8 @@ import pytest
 
 from tests import matrix, procs
 
+ALONE = ("alone", "system", "engine")
+"""Markers of tests that need the machine for themselves."""
 LEFT_DEADLINE_S = 3.0
 """How long things that are just ending may take."""
 
@@ -88,6 +90,21 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
     if left:
         _end_children(before[0])
         pytest.fail(f"{request.node.name} leaves behind:\n  " + "\n  ".join(left), pytrace=False)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--part", choices=["together", "alone"], help="only the tests that may run side by side, or only the others (tools/test.sh)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    part = config.getoption("--part")
+    if not part:
+        return
+    alone = [item for item in items if any(item.get_closest_marker(name) for name in ALONE)]
+    together = [item for item in items if item not in set(alone)]
+    chosen, others = (alone, together) if part == "alone" else (together, alone)
+    items[:] = chosen
+    config.hook.pytest_deselected(items=others)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -8,6 +8,7 @@ import os
 import pty
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
@@ -298,7 +299,7 @@ def test_store_that_may_not_be_read_is_77_with_a_way_out(paths: Paths, store: Pa
 def let_in(tmp_path: Path) -> None:
     """pytest's directories are its user's alone."""
     for path in (tmp_path, *tmp_path.parents):
-        if path.name.startswith(("test_", "pytest-")):
+        if path.name.startswith(("test_", "pytest-")) or Path(tempfile.gettempdir()) in path.parents:
             path.chmod(0o711)
 
 
