@@ -42,7 +42,7 @@ from vllmd.system.cgroup import choose_family
 from vllmd.system.journal import Journal
 from vllmd.system.notify import Notifier, NullNotifier
 from vllmd.system.terminal import Stderr
-from vllmd.system.threads import in_thread
+from vllmd.system.threads import in_thread, keep_spare
 
 TICK = object()
 """Goes through the queue of events like any other: WATCHDOG=1 is sent when it comes out, so it says that the loop turns."""
@@ -96,6 +96,7 @@ class Daemon:
     async def run(self) -> int:
         """Runs the instance to its end; returns the exit status."""
         signals.listen(self.post)
+        keep_spare()
         self._apply_log()
         self.journal.attach(asyncio.get_running_loop())
         with InstanceLock(self.prepared.paths, self.prepared.instance):

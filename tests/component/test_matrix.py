@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -19,7 +20,7 @@ from tests.component.daemons import Tampered, assert_nothing_left, ends, quick, 
 from tests.component.test_daemon_output import resident_mib
 from tests.component.test_daemon_stop import open_stream
 from tests.harness import Instance
-from tests.matrix import Row, measured, wait_for_the_death_of, watch_the_end
+from tests.matrix import EVIDENCE_S, Row, measured, wait_for_the_death_of, watch_the_end
 
 pytestmark = [pytest.mark.component, pytest.mark.timeout(120)]
 
@@ -107,12 +108,21 @@ def ended(instance: Instance, row: Row, status: int, code: str = "", *, ready: b
     assert instance.wait_exit() == status, instance.describe()
     error: dict[str, Any] = instance.last_json()["error"]
     row.said = f"{status} {error['code']}: {error['what']}"
+    summary = newest_incident(instance)
+    assert summary["took_s"] < EVIDENCE_S
     return ends(instance, status, code or error["code"], ready=ready)
+
+
+def newest_incident(instance: Instance) -> dict[str, Any]:
+    """Its summary; what it holds is bounded."""
+    folder = max((instance.state / "incidents").iterdir())
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 4 << 20
+    return dict(json.loads((folder / "summary.json").read_text()))
 
 
 # Hangs: /health says 200 all the while.
 
-HANG_S, CANARY_S, CANARY_TIMEOUT_S = 2.0, 1.5, 1.0
+HANG_S, CANARY_S, CANARY_TIMEOUT_S = 1.5, 1.0, 0.8
 HASTY: Mapping[str, Any] = {
     "watch": {
         "interval_s": 0.2,
@@ -137,7 +147,7 @@ HUNG = {
 }
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.soak] if name.startswith("Worker") else []) for name in HUNG])
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.soak] if name.startswith("Worker") or name == "everything, idle" else []) for name in HUNG])
 def test_a_stopped_process_is_a_hang_within_its_bound(name: str) -> None:
     victim, busy, fake = HUNG[name]
     bound = HANG_S + 2 if busy else CANARY_S + CANARY_TIMEOUT_S + 2
@@ -151,6 +161,9 @@ def test_a_stopped_process_is_a_hang_within_its_bound(name: str) -> None:
             os.kill(pid, signal.SIGSTOP)
         watch_the_end(instance, row, time.monotonic(), within_s=bound + 10)
         ended(instance, row, 75, "engine_hung")
+        folder = max((instance.state / "incidents").iterdir())
+        states = {line.split()[0]: line.split()[2] for line in (folder / "processes.txt").read_text().splitlines()[1:]}
+        assert {pid for pid, state in states.items() if state == "T"} == set(map(str, pids)), "what hung was to be looked at before it was killed"
 
 
 def test_a_heartbeat_that_stands_still_under_load_is_a_hang() -> None:
@@ -171,7 +184,7 @@ def test_an_idle_engine_that_answers_its_proofs_of_life_is_left_alone(heartbeat:
     """Whatever its figures do: they move without requests, or never."""
     with quick({"FAKE_HEARTBEAT": heartbeat}, JUMPY, cgroup=True) as instance, measured(f"idle, with a heartbeat that is {heartbeat}") as row:
         instance.wait_ready()
-        watch_for(2.5, instance, lambda: instance.daemon and instance.daemon.poll() is None)
+        watch_for(2.0, instance, lambda: instance.daemon and instance.daemon.poll() is None)
         assert instance.status()["state"] == "ready"
         row.said = "no verdict"
         stop(instance)
@@ -183,9 +196,9 @@ def test_metrics_that_cannot_be_read_end_nothing_and_cost_little(kind: str) -> N
     with quick({"FAKE_METRICS": kind}, JUMPY, cgroup=True) as instance, measured(f"metrics: {kind}") as row:
         instance.wait_ready()
         before = resident_mib(instance.pid)
-        watch_for(1.5, instance, lambda: instance.daemon and instance.daemon.poll() is None)
+        watch_for(1.0, instance, lambda: instance.daemon and instance.daemon.poll() is None)
         with contextlib.closing(open_stream(instance, 2000)):
-            watch_for(1.5, instance, lambda: instance.daemon and instance.daemon.poll() is None)
+            watch_for(1.0, instance, lambda: instance.daemon and instance.daemon.poll() is None)
         assert instance.status()["state"] == "ready"
         grown = resident_mib(instance.pid) - before
         row.said = f"nothing ended; {grown:+.1f} MiB"
@@ -269,3 +282,34 @@ def test_output_at_its_worst_does_not_delay_a_verdict(kind: str) -> None:
         watch_the_end(instance, row, time.monotonic(), within_s=10)
         ended(instance, row, 70, "engine_exited")
         assert_nothing_left(instance)
+
+
+# Restarts.
+
+
+@pytest.mark.parametrize("count", [10, pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(600)])])
+def test_failures_in_a_row_leave_nothing_that_adds_up(count: int) -> None:
+    """Each a life of its own, as systemd would start them: its files, groups, processes, and the tenth incident."""
+    with quick({"FAKE_SPEED": "8", "FAKE_STRAY": NASTY}, {"watch": {"keep_incidents": 3}}, cgroup=True) as instance, measured(f"{count} failures and starts in a row") as row:
+        sizes: list[tuple[int, int]] = []
+        for number in range(count):
+            if number:
+                instance.start()
+            instance.wait_ready()
+            instance.kill_engine("vllm")
+            assert instance.wait_exit() == 70, instance.describe()
+            assert_nothing_left(instance)
+            sizes.append(grown(instance))
+        assert instance.cgroup is not None
+        assert {path.name for path in instance.cgroup.groups()} <= {instance.cgroup.top.name, "vllmd@test.service", "supervisor"}
+        assert len(list((instance.state / "incidents").iterdir())) <= 4, "the newest three, and the first of the series"
+        settled = sizes[5:]
+        row.said = f"files {settled[0][0]} -> {settled[-1][0]}, bytes {settled[0][1]} -> {settled[-1][1]}"
+        assert settled[-1][0] == settled[0][0]
+        assert settled[-1][1] < settled[0][1] + (256 << 10)
+
+
+def grown(instance: Instance) -> tuple[int, int]:
+    """Files and bytes below its root, but for the test's own logs."""
+    files = [path for path in instance.root.rglob("*") if path.is_file() and path.suffix not in (".out", ".err")]
+    return len(files), sum(path.stat().st_size for path in files)

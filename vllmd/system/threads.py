@@ -7,11 +7,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import queue
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
+_spare: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+_kept = threading.Event()
+
+
+def keep_spare() -> None:
+    """One thread for the hour in which no other can be started: a fork bomb in the engine fills the unit's TasksMax=, which
+    is ours as well, and just then a failure is to be examined. It does one thing after another."""
+    if not _kept.is_set():
+        threading.Thread(target=_work_on_spare, daemon=True, name="vllmd-spare").start()
+        _kept.set()
+
+
+def _work_on_spare() -> None:
+    while True:
+        _spare.get()()
 
 
 async def in_thread(work: Callable[[], T]) -> T:
@@ -37,5 +53,10 @@ async def in_thread(work: Callable[[], T]) -> T:
         with contextlib.suppress(RuntimeError):  # the loop is closed: the daemon has left
             loop.call_soon_threadsafe(settle, result, error)
 
-    threading.Thread(target=run, daemon=True, name="vllmd-blocking").start()
+    try:
+        threading.Thread(target=run, daemon=True, name="vllmd-blocking").start()
+    except RuntimeError:
+        if not _kept.is_set():
+            raise
+        _spare.put(run)
     return await future
