@@ -63,6 +63,14 @@ MESSAGES: dict[str, Kind] = {
         "again: the same files would fail again). The message lists each source with its reason.\n"
         "`vllmd resolve @VLLMD_INSTANCE@` repeats the search by hand.",
     ),
+    "model-prepared": Kind(
+        "550dff913f43d8f6feab951aac0ebda1",
+        "The engine of instance @VLLMD_INSTANCE@ is given its model with a change, or without one that it needs",
+        "The tokenizer's configuration names a class that the engine's libraries do not have. A directory of links to the same\n"
+        "files, with that one line repaired, is given to the engine; the model itself stays as it is. Where the message says\n"
+        "that this could not be done, the engine will probably refuse the model: do what the message says, or update the\n"
+        "engine with `vllmctl engine install`. Otherwise nothing needs to be done.",
+    ),
     "engine-spawned": Kind(
         "691f0e82258d4017b6ebe254871d241b",
         "The engine of instance @VLLMD_INSTANCE@ was started",
@@ -82,9 +90,9 @@ MESSAGES: dict[str, Kind] = {
         "d4115b9202da4e7187da86791e4d33aa",
         "The engine of instance @VLLMD_INSTANCE@ ended by itself",
         "Nobody asked the engine to end, so this is a failure whatever its exit status says (vLLM exits 0 after its\n"
-        "worker was killed). The cause stands in the engine's last lines before this one, and where memory ran out,\n"
-        f"in the kernel's log: `journalctl -u {_UNIT} -e` and `journalctl -k -e`.\n"
-        "systemd starts the instance again, up to its start limit.",
+        "worker was killed). The instance is ended; systemd starts it again, up to its start limit. The entry with the\n"
+        "cause follows, and its evidence is kept: `vllmctl incidents @VLLMD_INSTANCE@`. The engine's own last lines:\n"
+        f"`journalctl -u {_UNIT} -e`; where memory ran out, the kernel's: `journalctl -k -e`.",
     ),
     "engine-unhealthy": Kind(
         "fa9815edd67d4ea29146741937419fc7",
@@ -99,38 +107,42 @@ MESSAGES: dict[str, Kind] = {
         "Its /health may well answer, but it has not moved for watch.hang_timeout_s with work to do, or did not answer a\n"
         "proof of life while idle, or its server answers nothing at all. The message says which, and for how long. The\n"
         "instance is ended with status 75 and systemd starts it again.\n"
-        f"If it was only slow, raise the setting that the message names. The engine's last lines: `journalctl -u {_UNIT} -e`.",
+        "`vllmctl incidents @VLLMD_INSTANCE@` has the stacks of its processes from before the end. If it was only slow, raise\n"
+        "the setting that the message names, and `systemctl reload` the instance.",
     ),
     "engine-died": Kind(
         "0019cb18fef3dfe44f8050c94d5b43ca",
         "A process of the engine of instance @VLLMD_INSTANCE@ died",
         "The message names it (VLLM::EngineCor is the one that computes, VLLM::Worker one of its GPUs), and the engine says\n"
         "503 since: it never recovers from that. The instance is ended with status 70 and systemd starts it again.\n"
-        "Where memory ran out, the kernel's log says so: `journalctl -k -e`.",
+        "`vllmctl incidents @VLLMD_INSTANCE@` has the evidence; where memory ran out, so says `journalctl -k -e`.",
     ),
     "would-act": Kind(
         "198489c7fb56ab66214f4277681a8977",
         "A verdict on instance @VLLMD_INSTANCE@ that ended nothing",
         "A detector has come to a verdict, and the instance goes on: the detector is one of watch.observe, or the instance\n"
-        f"is paused (`{_LOOK}`). Had it acted, the instance would have been ended and started again.",
+        f"is paused (`{_LOOK}`). Had it acted, the instance would have been ended and started again.\n"
+        f"If it was right, take the detector out of watch.observe and `systemctl reload {_UNIT}`.",
     ),
     "heartbeat-unreadable": Kind(
         "3b774dcf0cf7c7a7f9103168f1204dcf",
         "The heartbeat of the engine of instance @VLLMD_INSTANCE@ cannot be read",
         "The engine answers its health question, but not /metrics, or not in the form that vllmd knows. While this lasts, a\n"
-        "hang of it is not noticed. --disable-log-stats among engine.args takes the metrics away.",
+        "hang of it is not noticed. --disable-log-stats among engine.args takes the metrics away: remove it and\n"
+        f"`systemctl restart {_UNIT}`. Else ask /metrics of the engine with `curl`: what it answers says why.",
     ),
     "canary": Kind(
         "5910e4b2475610ec268b5dfcfb6f08b9",
         "A proof of life of the idle engine of instance @VLLMD_INSTANCE@ did not succeed",
-        "One such answer ends nothing. A refusal (4xx) means that the request is not allowed; what the message says of it\n"
-        "is the engine's own word. Several failures in a row end the instance.",
+        "One such answer ends nothing; several failures in a row (watch.failures) end the instance, which is started again.\n"
+        "A refusal (4xx) means that the request is not allowed; what the message says of it is the engine's own word. Where the\n"
+        "task was guessed wrong, set serve.task; where a good answer takes longer, raise watch.canary_timeout_s.",
     ),
     "clock-gap": Kind(
         "1f557c60af0fca1ee957a0f7d484b511",
         "Instance @VLLMD_INSTANCE@ stood still, with its machine or alone",
         "The machine was suspended, or the supervisor did not run for a while. Everything is measured anew from now on.\n"
-        "Nothing needs to be done after a suspend; else the host is short of CPU or memory.",
+        "Nothing needs to be done after a suspend; else the host is short of CPU or memory: `cat /proc/pressure/*`.",
     ),
     "paused": Kind(
         "da545ff7501b907730b4a7cc43523685",
