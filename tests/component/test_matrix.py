@@ -239,6 +239,7 @@ def test_sigterm_that_is_ignored_is_a_bounded_stop() -> None:
         assert row.empty_s < 11.5
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("cgroup", [True, False], ids=["cgroup", "processes"])
 def test_two_hundred_processes_that_ignore_everything_are_gone_in_a_second(cgroup: bool) -> None:
     """Double-forked, renamed, in sessions of their own; in a cgroup also without the environment that names the launch."""
@@ -252,6 +253,7 @@ def test_two_hundred_processes_that_ignore_everything_are_gone_in_a_second(cgrou
         ended(instance, row, 70, "engine_exited")
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("how", ["verdict", "stop"])
 def test_a_fork_bomb_that_has_filled_the_unit_s_limit_ends_whole(how: str) -> None:
     """TasksMax= holds for the supervisor as well: it can start nothing any more, neither to look nor to kill."""
