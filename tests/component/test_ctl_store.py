@@ -552,8 +552,23 @@ def test_what_is_not_published_cannot_be_pinned(ctl: Run, store: Path) -> None:
     assert ctl("pin", "Nothing").returncode == 66
 
 
-def test_root_leaves_nothing_that_the_owner_of_the_store_cannot_write(ctl: Run, store: Path) -> None:
+def test_root_does_not_work_in_a_strangers_store(ctl: Run, store: Path) -> None:
+    """Its owner could put a link into the way of each change."""
     need(os.geteuid() == 0, "root")
+    publishing.publish_version(store, 1)
+    os.chown(store, 65534, 65534)
+    before = sorted(store.rglob("*"))
+    for arguments in (("rm", "acme/Tiny", "--yes"), ("gc",), ("pin", "acme/Tiny"), ("unpin", "acme/Tiny"), ("import", "/dev/null"), ("verify",)):
+        refused = ctl(*arguments)
+        assert refused.returncode == 77, arguments
+        assert "sudo -u nobody" in refused.stderr
+    assert sorted(store.rglob("*")) == before
+    assert [item["id"] for item in items(ctl)] == ["acme/Tiny"]
+
+
+def test_root_leaves_nothing_that_the_owner_of_the_store_cannot_write(ctl: Run, store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need(os.geteuid() == 0, "root")
+    monkeypatch.setenv("SUDO_UID", "65534")
     for number in (1, 2, 3):
         publishing.publish_version(store, number, keep=9)
     for path in (store, *store.rglob("*")):
