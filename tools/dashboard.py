@@ -11,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from vllmd.core.lifecycle import State
+
 PATH = Path(__file__).parents[1] / "share/grafana/dashboards/vllmd.json"
 _SOURCE = {"type": "prometheus", "uid": "${datasource}"}
 _US = '{name=~"$name"}'
 _GPUS = '* on (gpu) group_left (index) max by (gpu, index) (vllmd_gpu_info{name=~"$name"})'
 _WIDTH, _HEIGHT = 24, 7
-STATES = ("created", "unconfigured", "checking", "resolving", "launching", "starting", "proven", "ready", "draining", "examining", "killing", "stopped")
+STATES = tuple(map(str, State))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,8 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
                 (
                     (f"max by (gpu, type) (vllmd_gpu_ecc_errors_total{_US})", "{{gpu}} {{type}}"),
                     (f"max by (gpu, type) (vllmd_gpu_remapped_rows_total{_US})", "{{gpu}} rows {{type}}"),
+                    (f"max by (gpu) (vllmd_gpu_retired_pages_total{_US})", "{{gpu}} pages"),
+                    (f"max by (gpu) (rate(vllmd_gpu_nvlink_crc_errors_total{_US}[$__rate_interval]))", "{{gpu}} NVLink checksums a second"),
                 ),
             ),
             Panel("Why the clocks are low", ((f"max by (gpu, reason) (vllmd_gpu_clock_limited{_US})", "{{gpu}} {{reason}}"),)),

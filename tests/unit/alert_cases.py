@@ -114,8 +114,8 @@ CASES = (
     Case(
         "VllmdGpuSlowed",
         10,
-        {f'vllmd_gpu_clock_limited{{{G},name="a",reason="hw_thermal_slowdown"}}': "1x20"},
-        {f'vllmd_gpu_clock_limited{{{G},name="a",reason="gpu_idle"}}': "1x20"},
+        {f'vllmd_gpu_clock_limited{{{G},name="a",reason="hardware_thermal"}}': "1x20"},
+        {f'vllmd_gpu_clock_limited{{{G},name="a",reason="software_power_cap"}}': "1x20"},
     ),
     Case(
         "VllmdGpuMemoryErrors",

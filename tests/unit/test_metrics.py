@@ -66,7 +66,7 @@ def test_a_gpu_is_shown_in_base_units() -> None:
     assert found["vllmd_gpu_verdict", "ok"] == 1
     assert found["vllmd_gpu_verdict", "reset"] == 0
     assert found["vllmd_gpu_ecc_errors_total", "corrected"] == 3
-    assert found["vllmd_gpu_clock_limited", "sw_power_cap"] == 1
+    assert found["vllmd_gpu_clock_limited", "software_thermal"] == 1
     assert found["vllmd_gpu_snapshot_time_seconds", ""] == pytest.approx(1767323045.678)
 
 

@@ -15,6 +15,7 @@ from tests import promtool
 from tests.unit.alert_cases import CASES, Case, Series
 from tests.unit.expositions import VLLM, names, ours
 from tools import dashboard
+from vllmd.core.gpu_conditions import CLOCK_REASONS
 
 pytestmark = pytest.mark.unit
 
@@ -90,9 +91,9 @@ def test_values_of_labels_that_are_asked_for_are_told(tmp_path: Path) -> None:
     told = ours(tmp_path)
     for where, expression in expressions():
         for name, matchers in _NAME.findall(expression):
-            for label, value in re.findall(r'(state|outcome|result|detector|class|what)=~?"([^"$]*)"', matchers):
+            for label, value in re.findall(r'(?<!\w)(state|outcome|result|detector|class|what|reason)=~?"([^"$]*)"', matchers):
                 lines = [line for line in told.splitlines() if line.startswith(f"{name}{{")]
-                known = set(re.findall(rf'{label}="([^"]*)"', "\n".join(lines)))
+                known = set(CLOCK_REASONS.values()) if label == "reason" else set(re.findall(rf'{label}="([^"]*)"', "\n".join(lines)))
                 assert set(value.split("|")) <= known, f"{where}: {label}={value} among {known}"
 
 

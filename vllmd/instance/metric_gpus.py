@@ -16,6 +16,7 @@ _PLAIN = (
     ("vllmd_gpu_temperature_celsius", "temperature_c", 1),
     ("vllmd_gpu_power_watts", "power_w", 1),
     ("vllmd_gpu_utilization_ratio", "utilization_pct", 0.01),
+    ("vllmd_gpu_retired_pages_total", "retired_pages", 1),
 )
 
 
@@ -68,6 +69,9 @@ def _errors(gpu: Mapping[str, Any], label: Mapping[str, str]) -> Iterator[Sample
             count = _number(counts.get(kind))
             if count is not None:
                 yield metric, {**label, "type": kind}, count
+    crc = _number(_mapping(gpu.get("nvlink")).get("crc_errors"))
+    if crc is not None:
+        yield "vllmd_gpu_nvlink_crc_errors_total", label, crc
     for what in ("pending", "failed"):
         if isinstance(rows.get(what), bool | int):
             yield f"vllmd_gpu_row_remap_{what}", label, float(bool(rows[what]))

@@ -73,6 +73,8 @@ _ROWS = (
     _gauge("gpu_clock_limited", "1 for each reason for which the clocks are lower than they could be", "gpu", "reason"),
     _counter("gpu_ecc_errors", "Memory errors that the GPU counted; type: corrected, uncorrected", "gpu", "type"),
     _counter("gpu_remapped_rows", "Rows of memory that were replaced, by the type of error", "gpu", "type"),
+    _counter("gpu_retired_pages", "Pages of memory that were retired, on GPUs that cannot remap rows", "gpu"),
+    _counter("gpu_nvlink_crc_errors", "Checksum errors on the GPU's NVLinks", "gpu"),
     _gauge("gpu_row_remap_pending", "1 when a row is replaced only at the next reset", "gpu"),
     _gauge("gpu_row_remap_failed", "1 when a row could not be replaced: the GPU must be", "gpu"),
     _gauge("gpu_pcie_link_width", "Lanes of the PCIe link in use", "gpu"),
