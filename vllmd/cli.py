@@ -40,7 +40,17 @@ def _parser() -> Parser:
             verb.add_argument("--print-cmd", action="store_true", help="print the command to stderr, then execute it")
             verb.add_argument("--dry-run", action="store_true", help="print the command and exit")
             verb.epilog = "What stands behind -- is passed to the engine."
+    _add_gpu_watch(verbs)
     return parser
+
+
+def _add_gpu_watch(verbs: argparse._SubParsersAction[Parser]) -> None:
+    """`--kmsg` and `--drm` are for tests: what stands in for the kernel's log, and for the directory of graphics cards."""
+    text = "watch every GPU of this host: what the unit vllmd-gpu.service executes"
+    verb = verbs.add_parser("gpu-watch", help=text, description=text)
+    verb.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a setting, as gpu_watch.interval_s=1")
+    verb.add_argument("--kmsg", default=None, help=argparse.SUPPRESS)
+    verb.add_argument("--drm", default="", help=argparse.SUPPRESS)
 
 
 def overrides(pairs: Sequence[str]) -> dict[str, object]:
@@ -73,7 +83,7 @@ def _run(argv: Sequence[str]) -> int:
     options.overrides = overrides(options.set)
     from vllmd import verbs
 
-    verb = {"run": verbs.run, "check": verbs.check, "preflight": verbs.preflight, "resolve": verbs.resolve, "serve": verbs.serve}
+    verb = {"run": verbs.run, "check": verbs.check, "preflight": verbs.preflight, "resolve": verbs.resolve, "serve": verbs.serve, "gpu-watch": verbs.gpu_watch}
     return verb[options.verb](options, paths)
 
 

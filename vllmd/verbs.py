@@ -56,6 +56,32 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
     return failure.status
 
 
+def gpu_watch(options: argparse.Namespace, paths: Paths) -> int:
+    """The host unit's service. Its settings are those of vllmd.yaml: gpu_watch, and of watch only `observe`."""
+    import asyncio
+
+    from vllmd.config import layers
+    from vllmd.engines import registry
+    from vllmd.gpu.host import Host
+    from vllmd.gpu.watch import Sources
+    from vllmd.system.journal import open_journal
+    from vllmd.system.notify import Notifier
+
+    loaded = layers.load(paths, None, _environ(), options.overrides, lambda name: registry.get(name).tuning)
+    sources = Sources(drm=options.drm) if options.kmsg is None else Sources(kmsg=options.kmsg, drm=options.drm)
+    notifier = Notifier.from_environ(os.environ)
+    journal = open_journal(os.environ, {})
+    config = loaded.config
+    try:
+        asyncio.run(Host(paths, config.gpu_watch, config.watch.observe, notifier=notifier, journal=journal, sources=sources).run())
+    except VllmdError as error:
+        notifier.status(f"Failed: {error.what}")
+        raise
+    finally:
+        journal.close()
+    return 0
+
+
 def check(options: argparse.Namespace, paths: Paths) -> int:
     from vllmd.check import check_all, check_one
 

@@ -48,6 +48,11 @@ class Paths:
         """Leases; the quarantine is in state/gpus."""
         return self.runtime / "gpus"
 
+    @property
+    def gpu_socket(self) -> Path:
+        """Where the host unit vllmd-gpu.service answers."""
+        return self.runtime / "gpu.sock"
+
 
 SYSTEM = Paths(
     scope="system",

@@ -62,6 +62,14 @@ class Book:
 
     # -- errors, one by one
 
+    def is_told(self, gpu: str, number: int, pid: int, at: float) -> bool:
+        """The same, asked first and cheaply: most lines of a storm end here."""
+        told = self._told.get((gpu, number))
+        if told is None or at - told.at >= SAME_S or (pid and pid not in told.pids and len(told.pids) < _PIDS):
+            return False
+        self.repeated += 1
+        return True
+
     def xid(self, finding: Finding, at: float) -> list[Finding]:
         """What is to be told of it: nothing where it was told within SAME_S, unless it now has a process that it had not. With
         what it makes of those before it, behind it."""
@@ -135,6 +143,13 @@ class Book:
             self._before[name] = gpu
         self._before_at = at
         return found
+
+    def recovery(self, gpu: Mapping[str, Any], at: float, wall: float) -> list[Finding]:
+        """The driver's own verdict, where the kernel's log tells it before a snapshot does. `gpu`: uuid, pci, recovery_action."""
+        held = self._held.setdefault(text(gpu, "uuid") or text(gpu, "pci"), {})
+        new = [each for each in gpu_conditions.conditions(gpu, {}, 0.0, self.limits) if each.key not in held]
+        held.update({each.key: _Held(each, at) for each in new})
+        return [each.finding(gpu, wall) for each in new]
 
     def forget(self, uuid: str) -> None:
         """A person has cleared the GPU: what holds of it is told anew."""

@@ -4,45 +4,273 @@ sampler child of their own.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from dataclasses import dataclass
+import asyncio
+import contextlib
+import json
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 from vllmd.config.paths import Paths
-from vllmd.core.gpu_findings import Finding
+from vllmd.config.settings import GpuWatch
+from vllmd.core.gpu_book import Book
+from vllmd.core.gpu_findings import Finding, parse
+from vllmd.gpu import kmsg, quarantine, sampling
+from vllmd.gpu.sampling import Options, Stage
+from vllmd.gpu.watch import Sources, Watch
+from vllmd.system.host import boot_id
+from vllmd.system.unixpath import short
 
 Snapshot = dict[str, Any]
 """The GPU document (docs/gpu.md): {"schema": 1, "source", "gpus": [...], ...}."""
-
-
-@dataclass(frozen=True, slots=True)
-class Options:
-    """`interval_s` between snapshots, `call_timeout_s` until a driver call counts as stuck: settings of gpu_watch."""
-
-    interval_s: float = 5.0
-    call_timeout_s: float = 15.0
+ANSWER_S = 5.0
+"""A host unit that has said nothing for this long after we connected is no help (stopped, or hung)."""
+GRACE_S = 1.0
+"""It may just be restarting: no instance starts a sampler at once."""
+_QUEUE = 256
+_LINE_BYTES = 4 << 20
+_CHUNK = 1 << 16
 
 
 class Client:
-    """One subscription, from `stream` until `close`."""
+    """One subscription, from `stream` until `close`. `sources`: what a watch of our own reads (tests)."""
 
-    def __init__(self, paths: Paths, options: Options | None = None) -> None:
-        self.paths = paths
-        self.options = options or Options()
+    def __init__(self, paths: Paths, settings: GpuWatch | None = None, *, sources: Sources | None = None, retry_s: float = 5.0) -> None:
+        self._paths = paths
+        self._settings = settings or GpuWatch()
+        self._sources = sources
+        self._retry_s = retry_s
+        self._findings: deque[Finding] = deque(maxlen=_QUEUE)
+        self._snapshot: Snapshot | None = None
+        self._some = asyncio.Event()
+        self._own: asyncio.Task[None] | None = None
+        self._feeding: asyncio.Task[None] | None = None
+        self._heard_at = 0.0
         self.source = ""
         """Where it comes from now: 'host' (gpu.sock), 'own' (a child of ours), '' before the first."""
 
     async def stream(self) -> AsyncIterator[Finding | Snapshot]:
-        """For ever, until `close` or cancellation: findings at once, a snapshot every interval. Never raises for what the other
-        side does. A consumer that is slow loses snapshots, then findings, the oldest first."""
-        raise NotImplementedError
-        yield {}  # makes it a generator
+        """Until `close` or cancellation: findings at once, a snapshot every interval. Never raises for what the other side
+        does. A consumer that is slow loses snapshots, then findings, the oldest first."""
+        self._feeding = asyncio.create_task(self._feed())
+        try:
+            while not self._feeding.done():
+                await self._some.wait()
+                self._some.clear()
+                while self._findings:
+                    yield self._findings.popleft()
+                snapshot, self._snapshot = self._snapshot, None
+                if snapshot is not None:
+                    yield snapshot
+        finally:
+            await self.close()
 
     async def close(self) -> None:
         """Idempotent; nothing is left of a child of ours."""
+        feeding, self._feeding = self._feeding, None
+        if feeding is not None:
+            await _ended(feeding)
+        await self._stop_own()
+        self._some.set()
+
+    # -- from the host unit
+
+    async def _feed(self) -> None:
+        absent_since = time.monotonic()
+        while True:
+            await self._from_host()
+            if self.source == "host":
+                self.source, absent_since = "", time.monotonic()
+            if self._own is not None and self._own.done():
+                await self._stop_own()
+            if self._own is None and time.monotonic() - absent_since >= min(GRACE_S, self._retry_s):
+                self._own = asyncio.create_task(self._watch())
+            await asyncio.sleep(min(GRACE_S, self._retry_s) if self._own is None else self._retry_s)
+
+    async def _from_host(self) -> None:
+        """Until it ends, or says nothing for too long."""
+        with contextlib.suppress(OSError, TimeoutError, ValueError):
+            link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
+            try:
+                with short(self._paths.gpu_socket) as name:
+                    link.connect(name)
+                reader, writer = await asyncio.open_unix_connection(sock=link, limit=_LINE_BYTES)
+            except BaseException:
+                link.close()
+                raise
+            try:
+                await self._read(reader, writer)
+            finally:
+                writer.transport.abort()
+
+    async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        since = f"?since={self._heard_at:.3f}" if self._heard_at else ""
+        writer.write(f"GET /events{since} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+        patience_s = ANSWER_S
+        async with asyncio.timeout(ANSWER_S):
+            head = await reader.readuntil(b"\r\n\r\n")
+        if b" 200 " not in head.split(b"\r\n", 1)[0]:
+            return
+        while True:
+            async with asyncio.timeout(patience_s):
+                line = await reader.readline()
+            if not line:
+                return
+            patience_s = max(ANSWER_S, 4 * self._settings.interval_s + self._settings.call_timeout_s)
+            if self.source != "host":
+                await self._stop_own()
+                self.source = "host"
+            self._line(line)
+
+    def _line(self, line: bytes) -> None:
+        words = _object(line)
+        if (finding := parse(words.get("finding"))) is not None:
+            self._told(finding)
+        elif (found := document(words.get("snapshot"))) is not None:
+            self._seen(found)
+
+    # -- a watch of our own
+
+    async def _watch(self) -> None:
+        """What the kernel said before is of other lives; where its log may not be read, NVML's events must do."""
+        sources = self._sources or Sources(since=kmsg.now())
+        watch = Watch(self._paths, self._settings, told=self._told, seen=self._seen, sources=sources)
+        self.source = "own"
+        await watch.run()
+
+    async def _stop_own(self) -> None:
+        own, self._own = self._own, None
+        if own is not None:
+            await _ended(own)
+
+    def _told(self, finding: Finding) -> None:
+        self._heard_at = max(self._heard_at, finding.at)
+        self._findings.append(finding)
+        self._some.set()
+
+    def _seen(self, snapshot: Snapshot) -> None:
+        at = snapshot.get("at")
+        self._heard_at = max(self._heard_at, at) if isinstance(at, float) else self._heard_at
+        self._snapshot = snapshot
+        self._some.set()
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    await asyncio.wait([task])
+    if not task.cancelled():
+        task.exception()  # it has been seen
+
+
+def _object(line: bytes) -> Mapping[str, Any]:
+    with contextlib.suppress(ValueError, RecursionError):
+        words = json.loads(line)
+        if isinstance(words, dict):
+            return words
+    return {}
+
+
+def document(words: object) -> Snapshot | None:
+    """None for what is no document. What stands in it is read as hostile where it is used."""
+    if not isinstance(words, dict) or words.get("schema") != 1 or not isinstance(words.get("gpus"), list):
+        return None
+    return {**words, "gpus": [gpu for gpu in words["gpus"] if isinstance(gpu, dict)]}
+
+
+# -- once, for commands and preflight
 
 
 def read_once(paths: Paths, timeout_s: float) -> Snapshot:
     """One snapshot, blocking for `timeout_s` at most: from gpu.sock, else from a sampler child. Where the driver hangs,
     `stuck_in` names the call; where there is no GPU, `source` is 'none'. Never raises."""
-    raise NotImplementedError
+    deadline = time.monotonic() + timeout_s
+    found = _ask_host(paths, min(timeout_s, ANSWER_S))
+    return found if found is not None and found.get("source") != "none" else _ask_child(paths, deadline)
+
+
+def _ask_host(paths: Paths, timeout_s: float) -> Snapshot | None:
+    deadline = time.monotonic() + timeout_s
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as link:
+        link.settimeout(timeout_s)
+        with short(paths.gpu_socket) as name:
+            link.connect(name)
+        link.sendall(b"GET /status HTTP/1.0\r\n\r\n")
+        data = bytearray()
+        while len(data) < _LINE_BYTES and (left := deadline - time.monotonic()) > 0:
+            link.settimeout(left)
+            if not (piece := link.recv(_CHUNK)):
+                break
+            data += piece
+        head, _, body = bytes(data).partition(b"\r\n\r\n")
+        return document(_object(body)) if b" 200 " in head.split(b"\r\n", 1)[0] else None
+    return None
+
+
+def _ask_child(paths: Paths, deadline: float) -> Snapshot:
+    stage = Stage()
+    try:
+        output, note = _run_once(stage, deadline)
+    finally:
+        name = stage.name if stage.since else ""
+        stage.close()
+    for line in output.splitlines():
+        if (found := document(_object(line).get("snapshot"))) is not None:
+            return judged(found, paths)
+    stuck = name or ("" if note else "the sampler itself")
+    return {"schema": 1, "boot_id": boot_id(), "source": "none", "driver_version": "", "at": time.time(), "stuck_in": stuck, "gpus": [], "note": note}
+
+
+def _run_once(stage: Stage, deadline: float) -> tuple[bytes, str]:
+    """What it said, and why it could not be run."""
+    try:
+        child = subprocess.Popen(
+            sampling.command(Options(), "--once", "--stage-fd", str(stage.fd)),
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=sampling.environ(), pass_fds=[stage.fd], start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        return b"", f"no sampler: {error.strerror}"
+    assert child.stdout is not None
+    with child.stdout:
+        output = _read_until(child.stdout.fileno(), deadline)
+    with contextlib.suppress(OSError):
+        os.killpg(child.pid, signal.SIGKILL)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(1.0)
+    if child.returncode is None:
+        _LEFT.append(child)
+    return output, ""
+
+
+_LEFT: list[subprocess.Popen[bytes]] = []
+"""Children in a driver's D state: SIGKILL is pending. Kept, so that no destructor complains of them."""
+
+
+def _read_until(fd: int, deadline: float) -> bytes:
+    poller, data = select.poll(), bytearray()
+    poller.register(fd, select.POLLIN)
+    while time.monotonic() < deadline and len(data) < _LINE_BYTES:
+        if poller.poll(max(0.0, deadline - time.monotonic()) * 1000):
+            piece = os.read(fd, _CHUNK)
+            if not piece:
+                break
+            data += piece
+    return bytes(data)
+
+
+def judged(snapshot: Snapshot, paths: Paths) -> Snapshot:
+    """With verdicts and quarantine, as the host unit would add them to a first look."""
+    book, at = Book(), time.monotonic()
+    book.snapshot(snapshot["gpus"], at, time.time())
+    records = quarantine.read(paths)
+    gpus = []
+    for gpu in snapshot["gpus"]:
+        record = records.get(str(gpu.get("uuid")))
+        verdict = book.verdict(gpu, (record.cls, record.what, record.hint) if record else None, at)
+        gpus.append({**gpu, "verdict": verdict, "quarantine": record.as_dict() if record else None})
+    return {**snapshot, "gpus": gpus}

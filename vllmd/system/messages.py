@@ -252,6 +252,67 @@ MESSAGES: dict[str, Kind] = {
         "and why. The model is served all the same, and it is tried again by itself. `ss -ltnp` shows who has a port. A changed\n"
         f"setting applies after `systemctl reload {_UNIT}`, without an interruption.",
     ),
+    "gpu-watching": Kind(
+        "abfbf6049d97ba7f3c1e88d83bb791d0",
+        "The GPUs of this host are watched",
+        "vllmd-gpu.service has begun to sample the driver and to read the kernel's log. Instances are its clients.\n"
+        "Nothing needs to be done. `vllmctl gpu` shows every GPU.",
+    ),
+    "gpu-finding": Kind(
+        "e8a2d098b54cd4891d15062f11429aac",
+        "Something was noticed about GPU @VLLMD_GPU@",
+        "An Xid, or a figure of the driver's, that means something; the message says what, and its class (VLLMD_CLS): app (an\n"
+        "application's fault: its instance restarts it), sympathetic (follows another), nvlink, warn (reset at the next stop), human,\n"
+        "ask, and reset, reboot or replace, which quarantine the GPU. docs/gpu.md explains each; `vllmctl gpu` shows every GPU.\n"
+        "The same error is told once a minute here, and counted.",
+    ),
+    "gpu-quarantined": Kind(
+        "7010a9995b31c3ef2b58eaace449ec15",
+        "GPU @VLLMD_GPU@ is quarantined",
+        "No instance starts on it any more (status 69): it must be reset (class reset), the host rebooted (reboot), or a person must\n"
+        "look (replace). The hint says how. A reboot lifts the first two; `vllmctl gpu clear @VLLMD_GPU@` lifts each.",
+    ),
+    "gpu-quarantine-failed": Kind(
+        "ddb5305d7de4e33f5f0aebc4b190d322",
+        "The quarantine of GPU @VLLMD_GPU@ could not be written",
+        "The GPU needs a reset, a reboot or a person, and its record below the state directory's gpus/ could not be written: the\n"
+        "message says why. Until then instances may start on it. Mostly the disk is full: `df -h`.",
+    ),
+    "gpu-released": Kind(
+        "7bdbee0fbf666c038cce23d05fec92d1",
+        "GPU @VLLMD_GPU@ may be used again",
+        "The driver had asked for a reset, and asks for nothing any more: the quarantine was lifted.\n"
+        "Instances that ended with status 69 are started by hand: `systemctl start vllmd@NAME`.",
+    ),
+    "gpu-would-quarantine": Kind(
+        "075379879b1ab21b8ef47168ef0b095c",
+        "A finding about GPU @VLLMD_GPU@ that quarantined nothing",
+        "Its detector is one of watch.observe in vllmd.yaml, so it is only told and counted. Else the GPU would be quarantined now.",
+    ),
+    "gpu-stuck": Kind(
+        "22267ecb763528c2ddc44e429bc67b79",
+        "The GPU driver does not return from a call",
+        "The message names the call, which has lasted longer than gpu_watch.call_timeout_s. It cannot be ended; the process in it\n"
+        "is left behind and another one asks again. Engines go on for as long as their own heartbeat does.\n"
+        "`journalctl -k -g NVRM` may say why. A wedged driver mostly needs a reboot.",
+    ),
+    "gpu-driver-gone": Kind(
+        "e95cf6f96b2cc40e085d9009f2329908",
+        "The GPU driver is gone",
+        "It was unloaded, or replaced by another version. It is looked for again, with pauses of up to twelve intervals.\n"
+        "After an update, `nvidia-smi` says whether library and kernel module fit; a reboot makes them.",
+    ),
+    "gpu-driver-back": Kind(
+        "81120ccf64aa0b9820e5e395a1eaedb1",
+        "The GPU driver is there again",
+        "Sampling goes on.\nNothing needs to be done.",
+    ),
+    "gpu-log-unreadable": Kind(
+        "f34b1371cd77e4d239072583f73f6f81",
+        "The kernel's log cannot be read for GPU errors",
+        "Xids are then known from the driver's events only: without the process that caused them, and not from before the start.\n"
+        "vllmd-gpu.service has CAP_SYSLOG for it; by hand it needs root, or `sysctl kernel.dmesg_restrict=0`.",
+    ),
     "lines-dropped": Kind(
         "449d236bf9644d53b2cbe57358dddd17",
         "Lines of the engine of instance @VLLMD_INSTANCE@ were dropped",
