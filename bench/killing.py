@@ -1,4 +1,5 @@
-"""SIGKILL of the engine's main process: when the last of its family is gone, and when the supervisor is."""
+"""SIGKILL of the engine's main process: when the last of its family is gone, and when the supervisor is. The time in which
+it looks at what failed, before it kills, is a part of it."""
 
 from __future__ import annotations
 
@@ -16,7 +17,9 @@ from bench.table import Figure
 
 EMPTY_BAR_S = 0.3
 EXIT_BAR_S = 0.5
+CROWD_BAR_S = 1.0
 KILLS = 20
+CROWD, CROWD_KILLS = 200, 10
 CHILD_MB = 256
 ORPHAN_S = 2.0
 TIMEOUT_S = 30.0
@@ -34,6 +37,7 @@ def run() -> list[Figure]:
     env = {"BENCH_CHILD_MB": str(CHILD_MB)}
     figures = []
     alone = _alone(env)
+    crowd_alone = _alone({"BENCH_CROWD": str(CROWD)})
     for cgroup in (True, False) if group.available() else (False,):
         with Place(cgroup=cgroup, env=env) as place:
             killed = [_once(place) for _ in range(KILLS)]
@@ -42,8 +46,15 @@ def run() -> list[Figure]:
         figures += [
             Figure(f"SIGKILL of the engine to nothing left of it, {where}", [each.empty_s for each in killed], bar=EMPTY_BAR_S, against=alone),
             Figure("  to the supervisor's exit", [each.exit_s for each in killed], bar=EXIT_BAR_S, against=f"{how}; a child of {CHILD_MB} MiB"),
+            _crowd(where, crowd_alone, cgroup=cgroup),
         ]
     return figures
+
+
+def _crowd(where: str, alone: str, *, cgroup: bool) -> Figure:
+    with Place(cgroup=cgroup, env={"BENCH_CROWD": str(CROWD)}) as place:
+        killed = [_once(place) for _ in range(CROWD_KILLS)]
+    return Figure(f"  the same with {CROWD} processes that ignore SIGTERM, {where}", [each.empty_s for each in killed], bar=CROWD_BAR_S, against=alone)
 
 
 def _once(place: Place) -> Killed:
@@ -126,4 +137,4 @@ def _alone(env: dict[str, str]) -> str:
             place.stamp("listening")
         time.sleep(ORPHAN_S)
         left = len(processes.marked(MARK, str(place.root)))
-        return f"without a supervisor: {left} process left after {ORPHAN_S:g} s"
+        return f"without a supervisor: {left} process{'es' if left != 1 else ''} left after {ORPHAN_S:g} s"

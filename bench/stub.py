@@ -4,7 +4,8 @@
 
 Files in $BENCH_STAMPS, each a monotonic time: `born`, its first act; `listening`, from when on /health would be answered;
 `healthy`, just before its first 200 on /health leaves. $BENCH_DELAY_S passes before it listens, as vLLM: bound, silent.
-$BENCH_CHILD_MB makes it start a child in a session of its own that holds so much memory, as vLLM's EngineCore does.
+$BENCH_CHILD_MB makes it start a child in a session of its own that holds so much memory, as vLLM's EngineCore does;
+$BENCH_CROWD so many further ones that ignore SIGTERM.
 """
 
 import time
@@ -36,6 +37,16 @@ def start_child(megabytes: int) -> None:
         signal.pause()
 
 
+def start_crowd(count: int) -> None:
+    for _ in range(count):
+        if os.fork():
+            continue
+        os.setsid()
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        while True:
+            signal.pause()
+
+
 def answer(request: bytes) -> bytes:
     body = TOKEN if request.startswith(b"POST") else b""
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
@@ -58,6 +69,7 @@ def read(link: socket.socket) -> bytes:
 def main(argv: list[str]) -> None:
     stamp("born", BORN)
     start_child(int(os.environ.get("BENCH_CHILD_MB", "0")))
+    start_crowd(int(os.environ.get("BENCH_CROWD", "0")))
     host, port = argv[argv.index("--host") + 1], int(argv[argv.index("--port") + 1])
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
