@@ -14,6 +14,7 @@ import pytest
 
 from tests import procs, promtool
 from tests.component.daemons import ends, quick, stop
+from tests.component.gpu_hosts import GpuHost, uuid
 from tests.component.test_daemon_status import reload
 from tests.engine.server import UnixConnection
 from tests.harness import Instance, merged
@@ -210,3 +211,21 @@ def test_causes_that_are_nonsense_keep_no_metric_away() -> None:
         assert 'vllmd_failures_total{cause="a",name="demo"} 0.0' in counted(instance, "vllmd_failures_total")
         assert promtool.run("check", "metrics", stdin=instance.control("/metrics")[1]).stdout == ""
         stop(instance)
+
+
+def test_the_gpus_of_the_host_are_shown_as_the_driver_tells_them() -> None:
+    """The real binding and our sampler above the stub of the driver's library."""
+    with GpuHost(2) as host:
+        with host.instance(config={"gpus": [0]}) as instance:
+            instance.wait_ready()
+            host.stub.gpu(0, clocks="64", temperature="91")
+            procs.wait_until("a snapshot", lambda: counted(instance, "vllmd_gpu_clock_limited"), 30)
+            text = instance.control("/metrics")[1]
+            missing = {name for name in METRICS if name.startswith("vllmd_gpu_")} - set(names(text))
+            assert missing == {"vllmd_gpu_retired_pages_total"}, "what an H100 has not"
+            assert f'vllmd_gpu_temperature_celsius{{gpu="{uuid(0)}",name="demo"}} 91.0' in text
+            assert f'vllmd_gpu_clock_limited{{gpu="{uuid(0)}",name="demo",reason="hardware_thermal"}} 1.0' in text
+            assert [f'vllmd_gpu_owned{{gpu="{uuid(index)}",name="demo"}} {owned}' in text for index, owned in ((0, 1.0), (1, 0.0))] == [True, True]
+            assert f'vllmd_gpu_memory_size_bytes{{gpu="{uuid(1)}",name="demo"}}' in text
+            assert promtool.run("check", "metrics", stdin=text).stdout == ""
+            stop(instance)
