@@ -18,6 +18,7 @@ UNITS=/usr/local/lib/systemd/system
 SYSUSERS=/usr/local/lib/sysusers.d
 TMPFILES=/usr/local/lib/tmpfiles.d
 CATALOG=/usr/local/lib/systemd/catalog
+DATA=/usr/local/share/vllmd
 ENGINES=/opt/vllmd/engines
 DEMO=/var/lib/vllmd/models/demo
 COMMANDS="vllmd vllmctl vllm-preflight vllm-resolve-model vllm-serve"
@@ -83,7 +84,7 @@ copy_source() {
     trap 'rm -rf "$scratch"' EXIT
     chmod 0755 "$scratch"
     mkdir "$scratch/source"
-    for part in vllmd units etc pyproject.toml README.md LICENSE NEWS.md; do
+    for part in vllmd units etc share pyproject.toml README.md LICENSE NEWS.md; do
         if [ -e "$checkout/$part" ]; then cp -R "$checkout/$part" "$scratch/source/"; fi
     done
     chmod -R u=rwX,go=rX "$scratch/source"
@@ -130,6 +131,16 @@ install_units() {
     fi
     if systemd_runs; then systemctl daemon-reload; fi
     systemctl --quiet enable vllmd.target
+}
+
+# What Prometheus and Grafana are pointed at (docs/metrics.md); a person's changes belong in a copy.
+install_shared() {
+    rm -rf "$DATA"
+    mkdir -p "${DATA%/*}"
+    cp -R "$source/share" "$DATA"
+    for file in prometheus/alerts.yaml prometheus/scrape.yaml grafana/provisioning/vllmd.yaml; do
+        sed "s,@DATADIR@,$DATA,g" "$source/share/$file" >"$DATA/$file"
+    done
 }
 
 install_configuration() {
@@ -202,6 +213,7 @@ install_all() {
     copy_source
     install_program
     install_units
+    install_shared
     install_configuration
     install_engine
     make_demo_model
@@ -219,7 +231,7 @@ uninstall_program() {
     for command in $COMMANDS; do
         case $(readlink "$BIN/$command" 2>/dev/null || :) in "$LIB"/*) rm -f "$BIN/$command" ;; esac
     done
-    rm -rf "$LIB" /run/vllmd
+    rm -rf "$LIB" "$DATA" /run/vllmd
     rm -f "$UNITS/vllmd@.service" "$UNITS/vllmd.target" "$SYSUSERS/vllmd.conf" "$TMPFILES/vllmd.conf" "$CATALOG/vllmd.catalog"
     if systemd_runs; then systemctl daemon-reload && systemctl reset-failed 'vllmd@*.service' 2>/dev/null || :; fi
 }

@@ -14,7 +14,7 @@ from tests.system.container import Container, cgroup2_mount, own_cgroup
 from tests.system.host import FAKE_ENGINE, Host
 from tests.system.tree import CHECKOUT, debian_tree, wheelhouse
 
-_PARTS = ("vllmd", "units", "etc", "tools", "tests/fakes", "pyproject.toml", "README.md", "LICENSE", "NEWS.md")
+_PARTS = ("vllmd", "units", "etc", "share", "tools", "tests/fakes", "pyproject.toml", "README.md", "LICENSE", "NEWS.md")
 _TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv", "unshare")
 
 

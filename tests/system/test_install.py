@@ -26,6 +26,15 @@ def test_all_commands_are_there_and_say_their_version(host: Host) -> None:
     assert len(versions) == 1
 
 
+def test_what_prometheus_and_grafana_are_pointed_at_names_its_own_place(host: Host) -> None:
+    data = "/usr/local/share/vllmd"
+    assert f"path: {data}/grafana/dashboards" in host.run("cat", f"{data}/grafana/provisioning/vllmd.yaml").out
+    assert host.run("grep", "-rl", "@DATADIR@", data, check=False).out == ""
+    assert '"uid": "vllmd"' in host.run("cat", f"{data}/grafana/dashboards/vllmd.json").out
+    modes = host.shell(f"stat -c '%U %a' {data} {data}/prometheus {data}/prometheus/alerts.yaml").out.split("\n")
+    assert modes[:3] == ["root 755", "root 755", "root 644"]
+
+
 def test_installing_again_keeps_the_configuration_and_running_instances(host: Host) -> None:
     name = host.instance("stays")
     host.start(name)
