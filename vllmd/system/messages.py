@@ -287,7 +287,8 @@ MESSAGES: dict[str, Kind] = {
     "gpu-would-quarantine": Kind(
         "075379879b1ab21b8ef47168ef0b095c",
         "A finding about GPU @VLLMD_GPU@ that quarantined nothing",
-        "Its detector is one of watch.observe in vllmd.yaml, so it is only told and counted. Else the GPU would be quarantined now.",
+        "Its detector is one of watch.observe in vllmd.yaml, so it is only told and counted. Else the GPU would be quarantined now.\n"
+        "Nothing needs to be done; take the detector out of watch.observe once you trust it.",
     ),
     "gpu-stuck": Kind(
         "22267ecb763528c2ddc44e429bc67b79",
