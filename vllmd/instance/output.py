@@ -6,6 +6,7 @@ import re
 from collections import deque
 from collections.abc import Callable
 
+from vllmd.core.faults import is_calm
 from vllmd.core.plan import Endpoint
 from vllmd.engines.protocol import Engine, LogFact
 from vllmd.system.journal import Journal
@@ -57,7 +58,7 @@ class Output:
         """The line that most likely names why the engine ended, or ''."""
         for line in reversed(self.lines):
             found = _CAUSE.search(line)
-            if found and not any(word in line.lower() for word in _NOT_THE_CAUSE):
+            if found and not is_calm(line) and not any(word in line.lower() for word in _NOT_THE_CAUSE):
                 return found.group(1)[:SHOWN_BYTES]
         return ""
 
