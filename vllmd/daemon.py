@@ -267,8 +267,9 @@ class Daemon:
     async def _watch_gpus(self) -> None:
         assert self._engine is not None
         paths, engine = self.prepared.paths, self._engine
+        client = Client(paths, self.config.gpu_watch)
         watch = GpuWatch(
-            paths, engine.gpus, engine.family, judge=self.judge, vitals=self.vitals, journal=self.journal, settings=lambda: self.config.watch, client=Client(paths)
+            paths, engine.gpus, engine.family, judge=self.judge, vitals=self.vitals, journal=self.journal, settings=lambda: self.config.watch, client=client
         )
         try:
             await watch.run()

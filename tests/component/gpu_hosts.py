@@ -10,7 +10,8 @@ from typing import Any, Self
 
 from tests.component.daemons import quick
 from tests.fakes.nvml import Stub, uuid
-from tests.harness import Instance, merged
+from tests.harness import Instance, flags, merged
+from vllmd.engines import record
 
 __all__ = ["RESERVED_MIB", "TOTAL_MIB", "GpuHost", "uuid"]
 TOTAL_MIB = 80000
@@ -34,7 +35,13 @@ class GpuHost:
     def instance(self, name: str = "demo", config: Mapping[str, Any] | None = None, **more: Any) -> Instance:
         """One that wants all GPUs, and waits for them only a moment."""
         wanted = merged({"gpus": "all", "preflight": {"gpu_wait_s": 0.1}}, config or {})
-        return quick(name=name, config=wanted, root=self.root, env=self.stub.environ(), **more)
+        made = quick(name=name, config=wanted, root=self.root, env=self.stub.environ(), **more)
+        self.engine_for("cuda")
+        return made
+
+    def engine_for(self, variant: str) -> None:
+        """What the fake engine was built for, on record."""
+        record.write(self.root / "engines/vllm-0.32.0-fake", record.Record("0.32.0", variant, *flags()))
 
     def __enter__(self) -> Self:
         return self

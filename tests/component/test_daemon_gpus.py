@@ -279,6 +279,17 @@ def test_a_new_boot_lifts_what_needed_one_and_a_clear_what_needed_a_reset() -> N
             stop(instance)
 
 
+def test_an_engine_that_was_built_for_no_gpu_keeps_none_from_others() -> None:
+    with GpuHost() as host:
+        host.memory(0, TOTAL_MIB - 10)
+        instance = host.instance()
+        host.engine_for("cpu")
+        with instance:
+            instance.wait_ready()
+            assert holders(host) == {}
+            stop(instance)
+
+
 # -- memory
 
 

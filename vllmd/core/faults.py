@@ -180,6 +180,9 @@ def _by_host(facts: Facts) -> Cause | None:
 
 
 def _by_gpu(facts: Facts) -> Cause | None:
+    """A verdict of the GPU watch says by itself which GPU, what it has and what to do."""
+    if facts.failure.code.startswith("gpu_"):
+        return None
     fatal = [each for each in facts.gpu if each.fatal]
     if fatal:
         return _cause("gpu_lost", facts, fatal[0].what, fatal[0].hint)

@@ -113,8 +113,8 @@ class Preparing(Protocol):
 class Counting(Protocol):
     """An engine that knows how many GPUs it will use of those that it sees."""
 
-    def devices(self, context: Context) -> int:
-        """On this host; 0 where it cannot be told."""
+    def devices(self, context: Context) -> int | None:
+        """On this host; 0 for an engine that was built for none, None where it cannot be told."""
 
 
 class Reading(Protocol):

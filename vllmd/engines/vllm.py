@@ -99,7 +99,7 @@ class Vllm:
         except (TypeError, ValueError):
             return _DEFAULT_MEMORY_FRACTION
 
-    def devices(self, context: Context) -> int:
+    def devices(self, context: Context) -> int | None:
         return vllm_check.devices(context)
 
     def compile_caches(self, context: Context) -> tuple[Path, ...]:

@@ -178,7 +178,9 @@ def _world(context: Context) -> tuple[int, int, int]:
 
 
 def devices(context: Context) -> int:
-    """GPUs that it will use on this host, rounded up."""
+    """GPUs that it will use on this host, rounded up; a CPU build uses none, however many it is shown."""
+    if context.installed.variant == "cpu":
+        return 0
     product, nodes, _ = _world(context)
     return -(-product // nodes)
 

@@ -34,14 +34,15 @@ POLL_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Need:
-    """What the engine will ask for: a share of each GPU's memory (0: unknown), of `count` GPUs (0: of all)."""
+    """What the engine will ask for: a share of each GPU's memory (0: unknown), of `count` GPUs (None: of all; 0: it was
+    built for none)."""
 
     fraction: float = 0.0
-    count: int = 0
+    count: int | None = None
 
     @classmethod
     def of(cls, engine: Engine, context: Context) -> Need:
-        count = engine.devices(context) if isinstance(engine, Counting) else 0
+        count = engine.devices(context) if isinstance(engine, Counting) else None
         return cls(engine.memory_fraction(context), count)
 
     def mib(self, config: Config, total_mib: int) -> int:
@@ -75,12 +76,18 @@ class Gpus:
         settings = self._context.config.preflight
         return settings.gpu_wait_s + 2 * settings.gpu_timeout_s
 
+    @property
+    def _wants_none(self) -> bool:
+        """An engine without GPU support that is shown all GPUs keeps them from nobody."""
+        gpus = self._context.config.gpus
+        return gpus in ("none", ()) or (gpus == "all" and self._need.count == 0)
+
     # -- after preflight
 
     def examined(self, source: str, found: Iterable[Gpu]) -> None:
         """What preflight saw. GpuUnavailable where a GPU of ours is quarantined: said before a model is downloaded for it."""
         config = self._context.config
-        self.has_driver = source != "skipped"
+        self.has_driver = source != "skipped" and not self._wants_none
         if not self.has_driver or config.gpus == "none" or (isinstance(config.gpus, tuple) and any(each.startswith("MIG") for each in config.gpus)):
             return
         seen = [Device(each.index, each.uuid, each.name, lost=each.lost) for each in found]
@@ -95,7 +102,7 @@ class Gpus:
         """The context to make the engine's command from: its GPUs by their UUIDs, where they were chosen here. GpuUnavailable
         where a person must act; TryLater where they are still not free after `preflight.gpu_wait_s`."""
         config = self._context.config
-        if config.gpus in ("none", ()):
+        if self._wants_none:
             return self._context
         if not self.has_driver:
             self._lease_unseen()
@@ -191,8 +198,8 @@ class Gpus:
 
     def _gate(self, seen: Seen) -> VllmdError | None:
         config = self._context.config
-        count = self._need.count if config.gpus == "all" else 0
-        short = gpu_choice.shortages(self._choice, seen.devices, self._rules(), count)
+        count = self._need.count if config.gpus == "all" else None
+        short = gpu_choice.shortages(self._choice, seen.devices, self._rules(), count or 0)
         if not short:
             ours = {each.index for each in self._choice.devices}
             self._before = tuple(each for each in seen.devices if each.index in ours)

@@ -119,7 +119,7 @@ def _add(paths: Paths, record: Record) -> None:
 
 
 def _named(finding: Finding) -> str:
-    return f"GPU {finding.uuid[:12]}" + (f" at {finding.pci}" if finding.pci else "") if finding.uuid else "the GPUs"
+    return finding.uuid[:12] + (f" at {finding.pci}" if finding.pci else "") if finding.uuid else "the GPUs"
 
 
 def _fields(finding: Finding) -> dict[str, object]:
