@@ -130,7 +130,9 @@ install_units() {
         journalctl --update-catalog >/dev/null 2>&1 || :
     fi
     if systemd_runs; then systemctl daemon-reload; fi
-    systemctl --quiet enable vllmd.target
+    systemctl --quiet enable vllmd.target vllmd-gpu.service
+    # A watch that runs is the old program's; instances bear its absence for a moment.
+    if systemd_runs; then systemctl try-restart vllmd-gpu.service; fi
 }
 
 # What Prometheus and Grafana are pointed at (docs/metrics.md); a person's changes belong in a copy.
@@ -221,8 +223,8 @@ install_all() {
 }
 
 stop_instances() {
-    if systemd_runs; then systemctl stop 'vllmd@*.service' vllmd.target; fi
-    for link in /etc/systemd/system/*.wants/vllmd@*.service /etc/systemd/system/*.wants/vllmd.target; do
+    if systemd_runs; then systemctl stop 'vllmd@*.service' vllmd-gpu.service vllmd.target; fi
+    for link in /etc/systemd/system/*.wants/vllmd@*.service /etc/systemd/system/*.wants/vllmd-gpu.service /etc/systemd/system/*.wants/vllmd.target; do
         if [ -L "$link" ]; then systemctl --quiet disable "${link##*/}"; fi
     done
 }
@@ -232,8 +234,8 @@ uninstall_program() {
         case $(readlink "$BIN/$command" 2>/dev/null || :) in "$LIB"/*) rm -f "$BIN/$command" ;; esac
     done
     rm -rf "$LIB" "$DATA" /run/vllmd
-    rm -f "$UNITS/vllmd@.service" "$UNITS/vllmd.target" "$SYSUSERS/vllmd.conf" "$TMPFILES/vllmd.conf" "$CATALOG/vllmd.catalog"
-    if systemd_runs; then systemctl daemon-reload && systemctl reset-failed 'vllmd@*.service' 2>/dev/null || :; fi
+    rm -f "$UNITS/vllmd@.service" "$UNITS/vllmd-gpu.service" "$UNITS/vllmd.target" "$SYSUSERS/vllmd.conf" "$TMPFILES/vllmd.conf" "$CATALOG/vllmd.catalog"
+    if systemd_runs; then systemctl daemon-reload && systemctl reset-failed 'vllmd@*.service' vllmd-gpu.service 2>/dev/null || :; fi
 }
 
 purge() {
