@@ -47,6 +47,7 @@ def prepare(
 
     given = overrides or {}
     loaded = layers.load(paths, instance, environ, given, tuning_for)
+    _keep_ports_apart(loaded)
     return Prepared(instance, paths, environ, given, loaded, engines[loaded.config.engine.name])
 
 
@@ -92,6 +93,14 @@ def plan(prepared: Prepared, where: Context) -> Plan:
         gpus=config.gpus,
         warnings=(*prepared.loaded.warnings, *warnings),
     )
+
+
+def _keep_ports_apart(loaded: Loaded) -> None:
+    """The metrics are served before the checks of the start: those would find the port taken, by ourselves."""
+    serve, listen = loaded.config.serve, loaded.config.metrics.listen
+    if serve.listen == "tcp" and not listen.startswith("/") and listen.endswith(f":{serve.port}"):
+        where = f"{loaded.origins['metrics.listen']} and {loaded.origins['serve.port']}"
+        raise ConfigError("metrics_port_taken", f"{where}: metrics.listen and serve.port both have port {serve.port}", "Give metrics.listen another port.")
 
 
 @contextlib.contextmanager

@@ -45,6 +45,18 @@ def test_the_exposition_of_a_running_instance_is_clean() -> None:
         assert (checked.returncode, checked.stdout) == (0, "")
 
 
+def test_the_port_that_is_served_on_is_refused_before_anything_starts() -> None:
+    with quick() as instance:
+        instance.wait_ready()
+        stop(instance)
+        instance.config = merged(instance.config, listening(instance.port))
+        instance.write_config()
+        instance.start()
+        assert instance.wait_exit() == 78
+        assert f"metrics.listen and serve.port both have port {instance.port}" in instance.log()
+        assert "Give metrics.listen another port." in instance.log()
+
+
 NOT_ALWAYS = ("vllmd_gpu_", "vllmd_transfer_", "vllmd_failures_total", "vllmd_last_failure_time_seconds")
 """Of a watch over GPUs, of a model on its way, of a failure."""
 
@@ -215,17 +227,16 @@ def test_causes_that_are_nonsense_keep_no_metric_away() -> None:
 
 def test_the_gpus_of_the_host_are_shown_as_the_driver_tells_them() -> None:
     """The real binding and our sampler above the stub of the driver's library."""
-    with GpuHost(2) as host:
-        with host.instance(config={"gpus": [0]}) as instance:
-            instance.wait_ready()
-            host.stub.gpu(0, clocks="64", temperature="91")
-            procs.wait_until("a snapshot", lambda: counted(instance, "vllmd_gpu_clock_limited"), 30)
-            text = instance.control("/metrics")[1]
-            missing = {name for name in METRICS if name.startswith("vllmd_gpu_")} - set(names(text))
-            assert missing == {"vllmd_gpu_retired_pages_total"}, "what an H100 has not"
-            assert f'vllmd_gpu_temperature_celsius{{gpu="{uuid(0)}",name="demo"}} 91.0' in text
-            assert f'vllmd_gpu_clock_limited{{gpu="{uuid(0)}",name="demo",reason="hardware_thermal"}} 1.0' in text
-            assert [f'vllmd_gpu_owned{{gpu="{uuid(index)}",name="demo"}} {owned}' in text for index, owned in ((0, 1.0), (1, 0.0))] == [True, True]
-            assert f'vllmd_gpu_memory_size_bytes{{gpu="{uuid(1)}",name="demo"}}' in text
-            assert promtool.run("check", "metrics", stdin=text).stdout == ""
-            stop(instance)
+    with GpuHost(2) as host, host.instance(config={"gpus": [0]}) as instance:
+        instance.wait_ready()
+        host.stub.gpu(0, clocks="64", temperature="91")
+        procs.wait_until("a snapshot", lambda: counted(instance, "vllmd_gpu_clock_limited"), 30)
+        text = instance.control("/metrics")[1]
+        missing = {name for name in METRICS if name.startswith("vllmd_gpu_")} - set(names(text))
+        assert missing == {"vllmd_gpu_retired_pages_total"}, "what an H100 has not"
+        assert f'vllmd_gpu_temperature_celsius{{gpu="{uuid(0)}",name="demo"}} 91.0' in text
+        assert f'vllmd_gpu_clock_limited{{gpu="{uuid(0)}",name="demo",reason="hardware_thermal"}} 1.0' in text
+        assert [f'vllmd_gpu_owned{{gpu="{uuid(index)}",name="demo"}} {owned}' in text for index, owned in ((0, 1.0), (1, 0.0))] == [True, True]
+        assert f'vllmd_gpu_memory_size_bytes{{gpu="{uuid(1)}",name="demo"}}' in text
+        assert promtool.run("check", "metrics", stdin=text).stdout == ""
+        stop(instance)

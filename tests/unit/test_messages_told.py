@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.unit.test_monitoring import RULES
+from vllmd.config.rows import table
 from vllmd.core.faults import CAUSES
 from vllmd.daemon import STAGE_EVENTS
+from vllmd.engines.vllm_tuning import Tuning
 from vllmd.system.messages import MESSAGES, Kind
 
 pytestmark = pytest.mark.unit
@@ -24,9 +28,11 @@ ELSEWHERE = {
     ("incident", "cause.event"): {row.event(code) for code, row in CAUSES.items()},
     ("watching", "finding.code.replace('_', '-')"): {"engine-hung", "engine-unhealthy"},
     ("judging", "event"): set(),  # what it was given by `reach`
+    ("host", "event"): {"gpu-finding", "gpu-stuck", "gpu-would-quarantine", "gpu-quarantined", "gpu-quarantine-failed", "gpu-released"},
     ("faults", "code"): set(),  # the name of a kind, written by `incident`
 }
 """Kinds that are chosen at run time: where, and which they can be."""
+HOST = ELSEWHERE["host", "event"]
 DOES = re.compile(r"`[^`]+`|\b[a-z]+\.[a-z]+(_[a-z]+)*\b|gpus_shared|Nothing needs to be done|nothing needs to be done|may be removed")
 
 
@@ -85,25 +91,29 @@ def test_only_fields_that_are_always_there_are_filled_in() -> None:
     with_more = {"engine-spawned": {"VLLMD_PID"}, "phase": {"VLLMD_PHASE"}}
     for name, kind in MESSAGES.items():
         fields = set(re.findall(r"@([A-Z_]+)@", kind.subject + kind.text))
-        more = {"VLLMD_INCIDENT"} if name.startswith("cause-") else with_more.get(name, set())
+        more = {"VLLMD_INCIDENT"} if name.startswith("cause-") else {"VLLMD_GPU"} if name in HOST else with_more.get(name, set())
         assert fields <= always | more, name
+
+
+TEXTS = {
+    **{name: kind.subject + "\n" + kind.text for name, kind in MESSAGES.items()},
+    **{rule["alert"]: json.dumps(rule["annotations"]) for rule in RULES},
+}
+"""Of journal and alerts: what a person reads at night."""
 
 
 def test_commands_that_are_named_exist() -> None:
     fronts = [path for name in ("ctl*", "cli", "commandline", "verbs") for path in ROOT.glob(f"{name}.py")]
     known = "\n".join(path.read_text(encoding="utf-8") for path in fronts)
-    for name, kind in MESSAGES.items():
-        for program, verb in re.findall(r"`(vllmctl|vllmd) ([a-z]+)", kind.subject + kind.text):
+    for name, text in TEXTS.items():
+        for program, verb in re.findall(r"`(vllmctl|vllmd) ([a-z]+)", text):
             assert f'"{verb}"' in known, f"{name}: {program} {verb}"
 
 
 def test_settings_that_are_named_exist() -> None:
-    from vllmd.config.rows import table
-    from vllmd.engines.vllm_tuning import Tuning
-
-    keys = set(table(Tuning)) | {"config.json", "tokenizer.json"}
+    keys = set(table(Tuning))
     sections = {key.partition(".")[0] for key in keys}
-    for name, kind in MESSAGES.items():
-        for key in re.findall(r"(?<![\w/.@`-])([a-z]+\.[a-z_]+)\b(?!\()", kind.text):
-            if key.partition(".")[0] in sections and key not in {"engine.args", "engine.env"}:
+    for name, text in TEXTS.items():
+        for key in re.findall(r"(?<![\w/.@`-])([a-z]+\.[a-z_]+)\b(?!\()", text):
+            if key.partition(".")[0] in sections and not key.endswith(".json"):
                 assert key in keys, f"{name}: {key}"
