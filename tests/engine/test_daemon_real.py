@@ -120,26 +120,6 @@ class TestEmbedding:
         assert last["error"]["code"]
 
 
-def test_killed_api_server_leaves_nothing_and_the_next_start_succeeds_over_stale_sockets(kind: Kind) -> None:
-    served = instance(kind, cgroup=True, serve={"listen": "uds"})
-    path = served.root / "run/sock/demo.sock"
-    leave_stale_socket(path)
-    with served:
-        served.wait_ready(READY_S)
-        orphans = [served.engine_process(name).pid for name in ("VLLM::EngineCore", "VLLM::Worker")]
-        served.kill_engine("main")
-        assert served.wait_exit(30) == 70
-        assert not served.engine()
-        assert not any(map(procs.is_alive, orphans))
-        leave_stale_socket(path)
-        served.start()
-        served.wait_ready(READY_S)
-        assert stream_over_socket(served) == 4
-        served.signal(signal.SIGTERM)
-        assert served.wait_exit(60) == 0
-        assert nothing_left(served)
-
-
 def leave_stale_socket(path: Path) -> None:
     """What vLLM leaves, and what makes its next start fail."""
     path.parent.mkdir(parents=True, exist_ok=True)
