@@ -129,6 +129,30 @@ def test_reads_of_proc_that_hang_cost_their_lines_and_five_seconds_at_most() -> 
         assert "ValueError: no room" in (newest(instance)[0] / "engine.log").read_text()
 
 
+SLOW_FAMILY = """
+import threading, time
+import vllmd.system.processfamily as module
+real = module.ProcessFamily.pids
+def pids(self):
+    if threading.current_thread().name == "vllmd-blocking":
+        time.sleep(60)
+    return real(self)
+module.ProcessFamily.pids = pids
+import vllmd.instance.incident as incident
+decide = incident.faults.decide
+incident.faults.decide = lambda *a: time.sleep(60)
+"""
+
+
+def test_steps_that_hang_cost_what_they_would_have_found_and_not_the_incident() -> None:
+    """The look for the processes, and the search for the cause (a thousand lines made to cost a regular expression dear)."""
+    with Tampered.quick(SLOW_FAMILY, fake=CRASH) as instance:
+        ends(instance, 70, "engine_exited", ready=True)
+        folder, summary = newest(instance)
+        assert summary["took_s"] < EXAMINE_S
+        assert "ValueError: no room" in (folder / "engine.log").read_text()
+
+
 SLOW_WRITE = """
 import time
 import vllmd.instance.incident_store as module

@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from vllmd.config.settings import Config
 from vllmd.core import faults
@@ -34,10 +34,12 @@ from vllmd.system.journal import Journal
 from vllmd.system.terminal import Stderr
 from vllmd.system.threads import in_thread
 
-EXAMINE_S, GATHER_S, CACHE_S, WRITE_S = 5.0, 3.2, 0.5, 1.0
+EXAMINE_S, FIND_S, GATHER_S, DECIDE_S, CACHE_S, WRITE_S = 5.0, 0.5, 2.4, 0.5, 0.4, 1.0
+"""The whole, and its steps one after the other."""
 KIB = 1 << 10
 OOM_SAMPLES, OOM_SAMPLE_S = 3, 10.0
 GPU_FACT_S, GPU_LATE_S = 60.0, 0.5
+T = TypeVar("T")
 _EXIT_CODE, _EXIT_SIGNAL = "exit status ", "killed by "
 
 
@@ -48,6 +50,15 @@ class Examined:
     failure: Failure
     occurrence: causes.Occurrence
     incident: str = ""
+
+
+async def _within(seconds: float, work: Awaitable[T], otherwise: T) -> T:
+    """A step that hangs costs what it would have found, and not the steps after it."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except (TimeoutError, OSError):
+        return otherwise
 
 
 class Examiner:
@@ -119,7 +130,7 @@ class Examiner:
         sheets, _ = await asyncio.gather(self._gather(engine), self._late_verdicts())
         facts = self._facts(failure, engine)
         signs = engine.engine.signs if isinstance(engine.engine, Diagnosing) else Signs()
-        cause = await in_thread(lambda: faults.decide(facts, signs))
+        cause = await _within(DECIDE_S, in_thread(lambda: faults.decide(facts, signs)), Cause(failure))
         mark = of_traceback(cause.traceback) if cause.traceback else fingerprint(facts.signal or cause.code, (), [facts.phase, steady(failure.what)])
         cause = await self._cured(cause, engine, ident)
         known = await in_thread(lambda: causes.read(self._state))
@@ -139,7 +150,7 @@ class Examiner:
     # -- gathering
 
     async def _gather(self, engine: EngineLife) -> list[Sheet]:
-        pids = await in_thread(engine.family.pids)
+        pids = await _within(FIND_S, in_thread(engine.family.pids), ())
         processes = Processes(pids)
         program = find_py_spy(engine.plan.installed.executable, self._prepared.environ)
 
