@@ -35,7 +35,7 @@ test: ## all tests (ARGS='-m unit' runs some)
 # Status 5 is pytest's "none selected": ARGS may choose tests of one part only.
 soak: ## the tests that take longer than make test may, and the system tests on Debian 13
 	@tools/setup.sh venv engine test
-	@VLLMD_TEST_ENGINES="$(ENGINES)" .venv/bin/pytest -m soak $(ARGS) || [ $$? -eq 5 ]
+	@VLLMD_TEST_ENGINES="$(ENGINES)" .venv/bin/pytest -m "soak or matrix" $(ARGS) || [ $$? -eq 5 ]
 	@VLLMD_TEST_SUITE=trixie .venv/bin/pytest tests/system -m "not engine and not soak" $(ARGS) || [ $$? -eq 5 ]
 
 bench: ## measure the figures side by side with what one would otherwise use

@@ -22,7 +22,7 @@ from tests.component.test_daemon_stop import open_stream
 from tests.harness import Instance
 from tests.matrix import EVIDENCE_S, Row, measured, wait_for_the_death_of, watch_the_end
 
-pytestmark = [pytest.mark.component, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.component, pytest.mark.matrix, pytest.mark.timeout(120)]
 
 SLACK_S = 1.0
 """What two busy cores may add to a bound; the benchmark holds the bound itself."""

@@ -24,7 +24,7 @@ from tests.engine.server import ENDLESS, REAL_ENV
 from tests.harness import Instance, merged
 from tests.matrix import Row, measured, watch_the_end
 
-pytestmark = [pytest.mark.engine, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.matrix, pytest.mark.timeout(900)]
 
 READY_S = 180.0
 HANG_S, CANARY_S, CANARY_TIMEOUT_S, LOOK_S = 6.0, 6.0, 4.0, 1.0

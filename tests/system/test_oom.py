@@ -14,7 +14,7 @@ from tests.matrix import measured
 from tests.needs import need
 from tests.system import machine
 
-pytestmark = [pytest.mark.system, pytest.mark.soak, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.system, pytest.mark.matrix, pytest.mark.soak, pytest.mark.timeout(900)]
 
 
 def test_the_kernel_s_choice_is_named_and_leaves_nothing(tmp_path: Path) -> None:
