@@ -242,7 +242,9 @@ def incident(folder: Path, number: int, fingerprint: str, keep: int) -> str:
 
 def test_the_newest_are_kept_and_the_first_of_each_series_that_reaches_into_them(tmp_path: Path) -> None:
     folder = tmp_path / "incidents"
-    made = [incident(folder, number, mark, keep=3) for number, mark in enumerate("AAAAABBBBBBBB")]
+    made = [incident(folder, number, mark, keep=3) for number, mark in enumerate("AAAAAB")]
+    assert incident_store.names(folder) == [made[0], *made[-3:]], "the series of A reaches into the newest"
+    made += [incident(folder, 6 + number, mark, keep=3) for number, mark in enumerate("BBBBBBB")]
     assert incident_store.names(folder) == [made[5], *made[-3:]]
     for number in range(20, 60):
         made.append(incident(folder, number, f"other-{number}", keep=3))

@@ -318,7 +318,9 @@ def test_vllmctl_shows_hostile_evidence_without_harm() -> None:
         (folder / "waits.txt").write_text("\x1b[2J\x1b]0;owned\x07 text\n")
         summary |= {"what": "\x1b[31mred\nnext", "count": "many", "parts": 7, "lost": [], "engine": None}
         (folder / "summary.json").write_text(json.dumps(summary))
-        os.link(secret, folder / "hard.txt")
+        other = instance.root / "other.txt"
+        other.write_text("ROOT ONLY\n")
+        os.link(other, folder / "hard.txt")
         fake = folder.parent / "20990101T000000.000Z-abcdef"
         fake.symlink_to(instance.root)
         for arguments in ((), (folder.name,), (folder.name, "--part", "waits.txt"), (folder.name, "--part", "hard.txt"), (fake.name,), (fake.name, "--json")):
