@@ -242,12 +242,16 @@ def test_another_failure_ends_the_series_and_its_evidence_may_go() -> None:
         assert len(incidents(instance)) == 2
 
 
-def test_no_secret_stands_in_the_evidence() -> None:
+def test_no_secret_stands_in_the_evidence(tmp_path: Path) -> None:
+    """Neither from the engine's lines nor from what others print of it: py-spy shows command lines."""
+    (tmp_path / "py-spy").write_text(f"#!/bin/sh\necho 'Process 7: vllm serve --api-key {KEY}'; echo '{KEY}'; echo 'Thread 1 (idle)'\n")
+    (tmp_path / "py-spy").chmod(0o755)
     fake = {**CRASH, "FAKE_ERROR": f"ValueError: bad key {KEY} and Authorization: Bearer {KEY}"}
     config = {"serve": {"api_key": KEY}, "engine": {"env": {"MY_TOKEN": KEY + "-2"}}, "model": {"hf_token": "hf_" + "x" * 30}}
-    with quick(fake, config) as instance:
+    with quick(fake, config, env={"PATH": f"{tmp_path}:{os.environ['PATH']}"}) as instance:
         assert instance.wait_exit() == 70, instance.describe()
         folder, _ = newest(instance)
+        assert "Thread 1 (idle)" in (folder / "stacks.txt").read_text()
         for path in [*folder.iterdir(), instance.state / "last.json", instance.state / "causes.json"]:
             content = path.read_text()
             assert KEY not in content, path.name
