@@ -338,12 +338,26 @@ def test_nobody_sleeps_past_what_becomes_due() -> None:
     watched = Watched()
     last = moving(watched)
     watched.read(30, r0=busy(104))
-    assert watched.liveness.next_at() == last + 60
+    assert watched.liveness.next_at(watched.now) == last + 60
     assert watched.liveness.pause_s(5, 1, last + 59.7) == pytest.approx(0.3)
     watched = Watched()
     watched.read(1, r0=IDLE)
-    assert watched.liveness.next_at() == 301
+    assert watched.liveness.next_at(2) == 301
+    assert watched.liveness.next_at(400) == float("inf")
     assert watched.liveness.pause_s(5, 1, 10) == 5
+
+
+@pytest.mark.parametrize("outcome", ["sleeping", "invalid", "error", "503"])
+def test_what_is_overdue_makes_nobody_look_more_often(outcome: Outcome) -> None:
+    """A proof of life that nobody may send, or work that nobody can see: it looked fifty times a second."""
+    watched = Watched()
+    moving(watched)
+    watched.read(400, r0=busy(200))
+    watched.read(400, outcome)
+    assert watched.liveness.pause_s(5, 1, watched.now) >= 1
+    watched = Watched()
+    idle(watched, 400)
+    assert watched.liveness.pause_s(5, 1, watched.now) == 5
 
 
 def test_zero_switches_a_verdict_off() -> None:

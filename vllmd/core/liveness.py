@@ -86,27 +86,30 @@ class Liveness:
         for pulse in self.pulses.values():
             pulse.rebase(at)
 
-    def next_at(self) -> float:
-        """When something may become due, so that nobody sleeps past it; infinity where nothing is."""
-        return min(self._deadlines(), default=float("inf"))
+    def next_at(self, at: float) -> float:
+        """When something may become due, so that nobody sleeps past it; infinity where nothing is. What is past was due at the
+        reading before, and nobody wanted it: a paused instance gets no proof of life."""
+        return min((each for each in self._deadlines() if each > at), default=float("inf"))
 
     def pause_s(self, idle_s: float, busy_s: float, at: float) -> float:
         """Until the next reading: the shorter one while it is worth a closer look, and never past what becomes due."""
         interval_s = min(idle_s, busy_s) if self.is_busy else idle_s
-        return max(FLOOR_S, min(interval_s, self.next_at() - at))
+        return max(FLOOR_S, min(interval_s, self.next_at(at) - at))
 
     def timeout_s(self, most_s: float, at: float) -> float:
-        """Of the next reading: while nobody answers, no longer than until the verdict."""
-        if self._silence is None:
+        """Of the next reading: while nobody answers, no longer than until the verdict on that. All readings before the last
+        one have their full time: a server that needs four seconds for an answer is slow, not silent."""
+        if self._silence is None or not self.limits.hang_s:
             return most_s
-        return min(most_s, max(self.next_at() - at, SILENT_TIMEOUT_MIN_S))
+        return min(most_s, max(self._silence.quiet_since + self.limits.hang_s - at, SILENT_TIMEOUT_MIN_S))
 
     def _deadlines(self) -> Iterator[float]:
         if self._silence is not None and self.limits.hang_s:
             yield self._silence.quiet_since + self.limits.hang_s
         for name, pulse in self.pulses.items():
-            if pulse.rank.has_work and self.limits.hang_s:
-                yield pulse.at + self._limit(pulse) - pulse.still_s
+            if pulse.rank.has_work:
+                if self.limits.hang_s and self.outcome == "ok":
+                    yield pulse.at + self._limit(pulse) - pulse.still_s
             elif pulse.canary is None and self.limits.canary_interval_s and self._readable(name):
                 yield max(pulse.proof_at + self.limits.canary_interval_s, pulse.next_canary_at)
 
