@@ -107,6 +107,8 @@ def table(found: list[Instance], paths: Paths) -> Iterator[str]:
     for each in found:
         problem = each.problem
         more = f"{problem.what}" if problem else " ".join(filter(None, (files.text(each.said, "endpoint"), model_of(each.said))))
+        if until := files.text(each.said, "paused", "until"):
+            more = f"[paused until {until}] {more}"
         yield f"{_dot(each)} {each.name:<{width}}  {each.state:<12} {more}".rstrip()
 
 

@@ -52,6 +52,7 @@ def test_a_paused_instance_is_not_ended_for_a_hang_and_says_so_everywhere() -> N
         assert shown["by"] == f"uid {os.getuid()}"
         assert any(told.startswith("Paused until ") for told in instance.notify.told("STATUS"))
         assert "strace of the core" in vllmctl(instance, "status", instance.name).stdout
+        assert "[paused until " in vllmctl(instance, "status").stdout
         instance.kill_engine("vllm", signal.SIGCONT)
         assert vllmctl(instance, "resume", instance.name).returncode == 0
         assert instance.status()["paused"] is None
