@@ -198,6 +198,13 @@ def test_only_an_idle_engine_is_asked_and_only_after_the_interval() -> None:
         assert watched.liveness.due(watched.now) == []
 
 
+def test_work_that_stands_still_gets_no_proof_of_life_either() -> None:
+    """Nobody knows yet whether it hangs; a request more would wait behind the others."""
+    watched = Watched(Limits(hang_s=1e6, first_s=1e6, silent_s=1e6, canary_interval_s=300, failures=3))
+    watched.read(1000, r0=busy(10))
+    assert watched.liveness.due(watched.now) == []
+
+
 def test_requests_that_succeed_are_proof_enough() -> None:
     watched = Watched()
     for hundred in range(10):
@@ -239,6 +246,16 @@ def test_a_proof_that_does_not_come_is_a_hang_when_nothing_has_moved() -> None:
     watched.read(1, r0=IDLE)
     assert watched.codes == ["engine_hung"]
     assert "within 60 s" in watched.found[0][1].what
+
+
+def test_a_reading_that_was_asked_for_before_the_deadline_decides_nothing() -> None:
+    watched = Watched()
+    idle(watched)
+    watched.canary()
+    watched.read(60, r0=IDLE)
+    watched.reply("timeout")
+    early = Sample(watched.now - 2, watched.now + 2, "ok", {"0": IDLE})
+    assert watched.liveness.scraped(early) is None
 
 
 def test_a_proof_that_is_late_because_requests_came_in_is_no_verdict() -> None:
