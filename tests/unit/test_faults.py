@@ -163,6 +163,16 @@ def test_a_traceback_that_nobody_knows_is_a_bug_of_the_engine() -> None:
     assert cause.traceback is not None
 
 
+def test_a_traceback_in_the_log_is_not_why_an_engine_was_killed_or_hangs() -> None:
+    lines = ["Traceback (most recent call last):", '  File "/a/site-packages/vllm/x.py", line 3, in step', "    foo()", "KeyError: 'of a request'"]
+    killed = replace(SERVING, lines=lines, signal="SIGKILL", exit="killed by SIGKILL")
+    hung = replace(SERVING, lines=lines, failure=Failure("engine_hung", "no step for 60 s", "", 75))
+    for facts in (killed, hung):
+        cause = decide(facts, SIGNS)
+        assert cause.failure is facts.failure
+        assert cause.traceback is None
+
+
 def test_a_line_of_any_length_gives_a_sentence_of_bounded_length() -> None:
     failure = words("vllm: error: " + "x" * 100_000)
     assert failure.code == "bad_flag"

@@ -161,9 +161,11 @@ class Cause:
 
 def decide(facts: Facts, signs: Signs) -> Cause:
     """The cause, or what was noticed, unchanged, where nothing says more."""
-    found = root_cause(facts.lines, signs.echoes)
+    vague = facts.failure.code in _VAGUE
+    # Whoever is killed by a signal, or hangs, has not ended of an exception: a traceback among its lines is a request's.
+    found = root_cause(facts.lines, signs.echoes) if vague and not facts.signal else None
     cause = _by_kernel(facts) or _by_gpu(facts)
-    if cause is None and facts.failure.code in _VAGUE:
+    if cause is None and vague:
         cause = _by_words(facts, signs) or _by_crash(facts, found) or _by_host(facts)
     return replace(cause or Cause(facts.failure), traceback=found)
 

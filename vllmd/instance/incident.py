@@ -7,6 +7,7 @@ what one of them meets is a note in the incident, and never keeps the instance f
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
@@ -38,6 +39,8 @@ EXAMINE_S, FIND_S, GATHER_S, DECIDE_S, CACHE_S, WRITE_S = 5.0, 0.5, 2.4, 0.5, 0.
 """The whole, and its steps one after the other."""
 KIB = 1 << 10
 OOM_SAMPLES, OOM_SAMPLE_S = 3, 10.0
+SERVING_LINES_S = 30.0
+"""An error that a request met an hour ago is not what the engine dies of; the whole of a start may be."""
 GPU_FACT_S, GPU_LATE_S = 60.0, 0.5
 T = TypeVar("T")
 _EXIT_CODE, _EXIT_SIGNAL = "exit status ", "killed by "
@@ -184,9 +187,10 @@ class Examiner:
         now = time.monotonic()
         ended = str(engine.last_words()["engine_exit"] or "")
         code = ended.removeprefix(_EXIT_CODE)
+        serving = self._board.document["phase"] == "ready"
         return Facts(
             failure,
-            serving=self._board.document["phase"] == "ready",
+            serving=serving,
             phase=self._board.document["phase"],
             exit=ended,
             exit_code=int(code) if code.isdigit() else None,
@@ -194,7 +198,7 @@ class Examiner:
             oom_kills=kills or 0,
             host_oom_kills=host.host_oom_kills() - self._oom[0] if kills is None else 0,
             memory_text=host.memory_text(group),
-            lines=tuple(engine.output.recent),
+            lines=engine.output.recent(SERVING_LINES_S if serving else math.inf),
             gpu=tuple(fact for at, fact in self._gpu if now - at < GPU_FACT_S),
             memory_fraction=engine.engine.memory_fraction(engine.context),
             gpu_total_gib=gpu_total_gib(self._vitals.gpus),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import deque
 from collections.abc import Callable
 
@@ -34,7 +35,7 @@ class Output:
         self._on_fact = on_fact
         self._phase = ""
         self.lines: deque[str] = deque(maxlen=KEPT_LINES)
-        self.recent: deque[str] = deque(maxlen=SEARCHED_LINES)
+        self._recent: deque[tuple[float, str]] = deque(maxlen=SEARCHED_LINES)
         self.dropped = 0
 
     def line(self, text: str) -> None:
@@ -45,9 +46,14 @@ class Output:
         self._phase = fact.phase or self._phase
         shown = printable(text)
         self.lines.append(shown)  # they go into last.json, STATUS= and other people's terminals
-        self.recent.append(shown[:SEARCHED_CHARACTERS])
+        self._recent.append((time.monotonic(), shown[:SEARCHED_CHARACTERS]))
         self._journal.engine_line(text, fact.priority, phase=self._phase)
         self._on_fact(fact)
+
+    def recent(self, seconds: float) -> tuple[str, ...]:
+        """The beginnings of the lines of so many seconds, of the last ones where there are too many."""
+        since = time.monotonic() - seconds
+        return tuple(text for at, text in self._recent if at >= since)
 
     def lost(self, count: int) -> None:
         """Lines that were not passed on, since the last call."""
