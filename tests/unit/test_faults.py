@@ -119,6 +119,9 @@ def test_a_sigkill_while_the_oom_killer_worked_on_the_host_is_its_doing_and_with
     killed = replace(SERVING, signal="SIGKILL", exit="killed by SIGKILL")
     assert decide(replace(killed, host_oom_kills=1), SIGNS).code == "host_out_of_memory"
     assert decide(killed, SIGNS).failure is killed.failure
+    worker = replace(SERVING, failure=Failure("engine_died", "VLLM::Worker is gone", "", 70))
+    assert decide(replace(worker, host_oom_kills=1), SIGNS).code == "host_out_of_memory"
+    assert decide(replace(SERVING, host_oom_kills=1, exit="exit status 1"), SIGNS).failure is EXITED
 
 
 def test_a_lost_gpu_beats_what_the_engine_says_of_it() -> None:

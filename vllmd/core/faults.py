@@ -175,9 +175,10 @@ def _by_kernel(facts: Facts) -> Cause | None:
 
 
 def _by_host(facts: Facts) -> Cause | None:
-    """Without a cgroup nobody says whom the killer took; a SIGKILL that came while it was at work is taken for its."""
-    if facts.host_oom_kills and facts.signal == "SIGKILL":
-        return _cause("host_out_of_memory", facts, "the out-of-memory killer was at work on this host when the engine got its SIGKILL")
+    """Without a cgroup nobody says whom the killer took; a SIGKILL, or the death of a worker whose status only its parent
+    knows, that came while it was at work is taken for its."""
+    if facts.host_oom_kills and (facts.signal == "SIGKILL" or facts.failure.code == "engine_died"):
+        return _cause("host_out_of_memory", facts, "the out-of-memory killer was at work on this host at that moment")
     return None
 
 
