@@ -120,6 +120,17 @@ def test_a_sleeping_engine_is_left_alone() -> None:
         watch_for(3, instance, lambda: lives(instance))
 
 
+def test_an_engine_that_was_told_to_stand_still_is_left_alone() -> None:
+    """vLLM's /pause, in dev mode, with requests in flight: whoever trains does so for minutes."""
+    with hasty({"FAKE_PAUSED": "yes", "FAKE_TOKEN_S": "0.06"}) as instance:
+        instance.wait_ready()
+        with asking(instance, {"max_tokens": 2000}):
+            time.sleep(0.5)
+            instance.kill_engine("VLLM::EngineCore", signal.SIGSTOP)
+            procs.wait_until("a word about it", lambda: "left alone, because /is_paused says so" in instance.log())
+            watch_for(1, instance, lambda: lives(instance))
+
+
 # Data-parallel ranks.
 
 RANKS = {"data_parallel_size": 2}

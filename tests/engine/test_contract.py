@@ -157,7 +157,7 @@ class TestGenerating:
         answers: list[int] = []
         asking = threading.Thread(target=lambda: answers.append(generating.ask("/v1/completions", {**PROMPT, "prompt": prompt}, timeout_s=120)[0]))
         steps = generating.metric("vllm:iteration_tokens_total_count")
-        seen = set()
+        seen: set[float] = set()
         asking.start()
         while len(seen) < 3 and asking.is_alive():
             cached = generating.metric("vllm:kv_cache_usage_perc")

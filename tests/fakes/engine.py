@@ -26,6 +26,7 @@ S are seconds (fractions allowed), counted from the start of the process or, wit
 | FAKE_COMPLETIONS | ok, 400, 500, hang, empty, WORD@S | what inference answers, S after ready; empty: 200 without a token or vector |
 | FAKE_FRONT | ok, busy@S, stuck@S | from S after ready on the API server answers nobody: it computes for ever, or waits for ever |
 | FAKE_DEAD_RANK | R@S | with --data-parallel-size N: that rank does nothing any more, S after the start of EngineCore |
+| FAKE_PAUSED | no, yes | /is_paused says so, as in dev mode; else it is a 404 |
 | FAKE_HELPER | CODE@S | a helper process that ends with CODE, S after ready |
 | FAKE_TOKEN_S | 0.005 | time of one step of EngineCore |
 | FAKE_TASK | auto, generate, embed, score, transcribe | which routes exist; auto reads the model's directory |

@@ -191,7 +191,7 @@ def test_only_an_idle_engine_is_asked_and_only_after_the_interval() -> None:
     watched.read(2, r0=IDLE)
     assert watched.liveness.due(watched.now) == ["0"]
     for outcome in ("timeout", "error", "invalid", "503", "refused", "sleeping"):
-        watched.read(1, outcome)  # type: ignore[arg-type]
+        watched.read(1, outcome)
         assert watched.liveness.due(watched.now) == [], outcome
     for beat in range(600):
         watched.read(1, r0=busy(11 + beat))

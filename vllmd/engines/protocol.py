@@ -133,6 +133,9 @@ class Beating(Protocol):
 
     heartbeat_path: str
     heartbeat_limit_bytes: int
+    excuses: Sequence[str]
+    """Paths that are asked before an engine is called hung: a 200 whose JSON says true somewhere (`{"is_paused": true}`) means that somebody
+    has told it to stand still. An engine that does not know them says 404."""
 
     def heartbeat(self) -> Reading:
         """For one answer of `heartbeat_path`."""

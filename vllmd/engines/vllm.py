@@ -44,6 +44,7 @@ class Vllm:
     signs = vllm_faults.SIGNS
     heartbeat_path = "/metrics"
     heartbeat_limit_bytes = vllm_heartbeat.LIMIT_BYTES
+    excuses: Sequence[str] = vllm_heartbeat.EXCUSES
 
     def installed(self, config: Config, paths: Paths, environ: Mapping[str, str]) -> Installed:
         return record.describe(_executable(config, paths, environ))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 from collections.abc import Mapping
 
@@ -15,6 +17,7 @@ from vllmd.system.host import cpu_seconds
 from vllmd.system.http import Answer, request
 
 KEPT_BYTES = 1 << 20
+EXCUSE_TIMEOUT_S = 0.7
 
 
 class Heartbeat:
@@ -51,6 +54,13 @@ class Heartbeat:
         self.last = bytes(kept) or self.last
         return reading.result() if answer.outcome == "answered" and answer.status == 200 else (_outcome(answer), {})
 
+    async def excused(self) -> str:
+        """The path that says why it stands still; '' where none does."""
+        engine = self._engine
+        paths = engine.excuses if isinstance(engine, Beating) else ()
+        answers = await asyncio.gather(*(request(self._endpoint, "GET", path, timeout_s=EXCUSE_TIMEOUT_S) for path in paths))
+        return next((path for path, answer in zip(paths, answers, strict=True) if _says_true(answer)), "")
+
     def _front(self) -> tuple[float, bool]:
         """CPU time of the processes that hold the listening socket, and whether all are stopped. Of the whole family where
         they cannot be told: workers of some engines spin when they wait, and would be taken for a server that computes."""
@@ -61,6 +71,16 @@ class Heartbeat:
         if not stats:
             return self._family.cpu_s(), False
         return sum(map(cpu_seconds, holders)), all(each.state == "T" for each in stats)
+
+
+def _says_true(answer: Answer) -> bool:
+    if answer.outcome != "answered" or answer.status != 200:
+        return False
+    try:
+        document = json.loads(answer.body)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(document, dict) and True in document.values()
 
 
 def _outcome(answer: Answer) -> Outcome:

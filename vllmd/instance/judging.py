@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -13,6 +14,8 @@ from vllmd.instance.vitals import Vitals
 from vllmd.system.journal import Journal
 from vllmd.system.terminal import Stderr
 
+SILENT_S = 60.0
+"""What ends nothing is found again and again: every time is counted, and one a minute told."""
 Came = Literal["acted", "observed", "paused"]
 
 
@@ -24,6 +27,7 @@ class Judge:
         self._vitals = vitals
         self._post = post
         self._settings = settings
+        self._told: dict[tuple[str, str], float] = {}
 
     def reach(self, detector: str, error: VllmdError, *, event: str, priority: int = 3) -> Came:
         """`event` is the kind of the journal's entry where the verdict acts."""
@@ -33,6 +37,10 @@ class Judge:
             self._journal.event(event, error.what, priority=priority, hint=error.hint, detector=detector, code=error.code)
             self._post(ev.VerdictReached(record.failure_of(error)))
             return came
+        now = time.monotonic()
+        if now - self._told.get((detector, error.code), -SILENT_S) < SILENT_S:
+            return came
+        self._told[detector, error.code] = now
         why = "the instance is paused" if came == "paused" else f"{detector} only observes"
         what = f"would end the instance ({why}): {error.what}"
         self._journal.event("would-act", what, priority=4, hint=error.hint, detector=detector, code=error.code)

@@ -100,7 +100,7 @@ class Watch:
                 sample = await self._heartbeat.read(timeout_s)
                 self._vitals.exposition = self._heartbeat.last
                 if not self._stood_still(timeout_s):
-                    self._take(sample)
+                    await self._take(sample)
             planned_s = self._liveness.pause_s(settings.interval_s, settings.heartbeat_interval_s, time.monotonic())
             await _sleep(planned_s, self._wake)
 
@@ -110,7 +110,7 @@ class Watch:
             self._journal.event("clock-gap", f"{reason}; the watch begins anew", priority=5)
         return bool(reason)
 
-    def _take(self, sample: Sample) -> None:
+    async def _take(self, sample: Sample) -> None:
         finding = self._liveness.scraped(sample)
         vitals = self._vitals
         vitals.last_scrape = sample.outcome
@@ -120,12 +120,16 @@ class Watch:
             vitals.heartbeat_at = sample.at - self._liveness.still[0]
         self._unreadable.heard(sample.outcome)
         if finding is not None:
-            self._find(finding)
+            await self._find(finding)
         if self._proofs and not vitals.paused:
             for rank in self._liveness.due(sample.at):
                 self._spawn(self._ask(rank, self._liveness.asked(rank, time.monotonic())))
 
-    def _find(self, finding: Finding) -> None:
+    async def _find(self, finding: Finding) -> None:
+        excuse = await self._heartbeat.excused() if finding.code == "engine_hung" else ""
+        if excuse:
+            self._journal.event("would-act", f"left alone, because {excuse} says so: {finding.what}", priority=5, detector=finding.detector)
+            return
         kind: type[VllmdError] = TryLater if finding.code == "engine_hung" else EngineFailed
         self._judge.reach(finding.detector, kind(finding.code, finding.what, finding.hint), event=finding.code.replace("_", "-"))
 
@@ -157,7 +161,7 @@ class Watch:
             self._liveness.answered()
         finding = self._liveness.replied(rank, canary, answered.reply, at, detail=answered.detail, computing=computing)
         if finding is not None:
-            self._find(finding)
+            await self._find(finding)
         self._wake.set()  # what became of the heartbeat meanwhile decides over a timeout
 
     # -- health

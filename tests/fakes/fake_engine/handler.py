@@ -40,7 +40,8 @@ class Handler(BaseHTTPRequestHandler):
         return f"{self.client_address[0]}:{self.client_address[1]}" if self.client_address else ""
 
     def do_GET(self) -> None:
-        self.route({"/health": self.health, "/ping": self.health, "/metrics": self.metrics, **self.plain_pages()})
+        pausing = {"/is_paused": lambda: self.reply({"is_paused": True})} if self.site.modes.paused == "yes" else {}
+        self.route({**pausing, "/health": self.health, "/ping": self.health, "/metrics": self.metrics, **self.plain_pages()})
 
     def do_POST(self) -> None:
         routes: dict[str, Callable[[], None]] = {"/tokenize": self.tokenize, "/detokenize": lambda: self.reply({"prompt": "hello"})}

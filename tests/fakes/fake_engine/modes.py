@@ -52,6 +52,7 @@ class Modes:
     completions: Timed = mode("ok", timed)
     front: Timed = mode("ok", timed)
     dead_rank: Timed = mode("", timed)
+    paused: str = mode("no")
     helper: Timed = mode("", timed)
     token_s: float = mode("0.005", float)
     task: str = mode("auto")
