@@ -30,6 +30,7 @@ from vllmd.instance.evidence_sheet import Sheet, gathered
 from vllmd.instance.evidence_stacks import find_py_spy, python_stacks
 from vllmd.instance.incident_report import Material, gpu_total_gib, parts, plain_summary, told
 from vllmd.instance.vitals import Vitals
+from vllmd.preflight import child
 from vllmd.stages import Prepared
 from vllmd.system.journal import Journal
 from vllmd.system.terminal import Stderr
@@ -117,6 +118,9 @@ class Examiner:
         try:
             async with asyncio.timeout(EXAMINE_S):
                 return await self._examine(failure, engine, config, began)
+        except asyncio.CancelledError:  # a stop: nobody waits for children any more
+            child.kill_running()
+            raise
         except TimeoutError:
             self._journal.event("evidence-incomplete", f"the evidence took longer than {EXAMINE_S:g} s and was given up", priority=4)
         except Exception as error:
