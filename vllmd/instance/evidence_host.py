@@ -81,23 +81,23 @@ async def kernel_lines(sheet: Sheet) -> None:
     """Of the last quarter of an hour: the journal's where this user may read it, else /dev/kmsg."""
     argv = ["/bin/sh", "-c", 'exec "$0" "$@" 2>/dev/null', "journalctl", "--dmesg", "--boot", "--no-pager", "--output=short-iso", f"--since=-{SINCE_S}s", "--lines=5000"]
     outcome = await in_thread(lambda: child.run(argv, timeout_s=KERNEL_S, environ={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"}))
-    lines = outcome.output.splitlines() if outcome.status == 0 else []
-    if not any(line and not line.startswith("-- ") for line in lines):
+    lines: list[str] | None = outcome.output.splitlines() if outcome.status == 0 else []
+    if not any(line and not line.startswith("-- ") for line in lines or ()):
         lines = await in_thread(_kmsg)
-    found = [line for line in lines if _OF_INTEREST.search(line)]
+    found = [line for line in lines or () if _OF_INTEREST.search(line)]
     sheet.add("\n".join(found[-KERNEL_LINES:]))
-    if not lines:
-        sheet.note = "the kernel's log is not readable for this user"
+    if not found:
+        sheet.note = "the kernel's log is not readable for this user" if lines is None else f"no such lines in the last {SINCE_S // 60} minutes"
 
 
-def _kmsg() -> list[str]:
-    """The newest records of the ring; every read gives one, and none blocks."""
+def _kmsg() -> list[str] | None:
+    """The newest records of the ring, None where we may not read it; every read gives one, and none blocks."""
     records: deque[str] = deque(maxlen=5000)
     now = time.clock_gettime(time.CLOCK_MONOTONIC)
     try:
         descriptor = os.open("/dev/kmsg", os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError:
-        return []
+        return None
     try:
         for _ in range(100_000):
             try:
