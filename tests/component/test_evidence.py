@@ -228,7 +228,6 @@ def test_kernel_lines_come_within_their_deadline_or_say_that_they_are_not_readab
     sheet = collected(evidence_host.kernel_lines)
     assert time.monotonic() - began < 4
     assert bool(sheet.text) is not bool(sheet.note)
-    assert os.geteuid() != 0 or "not readable" not in sheet.note
     assert len(sheet.text.splitlines()) <= evidence_host.KERNEL_LINES
 
 
