@@ -15,7 +15,21 @@ import time
 from collections.abc import Callable
 from types import FrameType
 
-from bench import download, headers, idle, killing, noop, port_check, processes, ready, real, reverify, spawning, warmup
+from bench import (
+    download,
+    headers,
+    idle,
+    killing,
+    noop,
+    noticing,
+    port_check,
+    processes,
+    ready,
+    real,
+    reverify,
+    spawning,
+    warmup,
+)
 from bench.place import BenchError
 from bench.table import Figure, compared, render
 
@@ -44,6 +58,7 @@ PARTS: dict[str, tuple[str, Callable[[], list[Figure]]]] = {
     "spawn": ("exec to exec", spawning.run),
     "ready": ("/health to READY=1 (2 to 4 minutes)", ready.run),
     "kill": ("SIGKILL of the engine", killing.run),
+    "notice": ("deaths and hangs of a ready engine (2 minutes)", noticing.run),
     "idle": ("a ready supervisor, for a minute", idle.run),
     "port": ("the port check with 2,000 processes and 20,000 sockets", _port_check),
     "headers": ("validating the headers of a large model", headers.run),

@@ -47,8 +47,27 @@ def start_crowd(count: int) -> None:
             signal.pause()
 
 
+class Metrics:
+    """As many bytes as vLLM's, and the same names where somebody looks; $BENCH_RUNNING requests run, and their figures move."""
+
+    def __init__(self) -> None:
+        self.beats = 0
+        self.running = int(os.environ.get("BENCH_RUNNING", "0"))
+        line = 'vllm:some_histogram_{}_seconds_bucket{{engine="0",le="0.{}",model_name="tiny"}} 0.0\n'
+        self.filler = "# TYPE vllm:some gauge\n" + "".join(line.format(index // 20, index) for index in range(650))
+
+    def text(self) -> bytes:
+        self.beats += self.running
+        figures = {"num_requests_running": self.running, "num_requests_waiting": 0, "iteration_tokens_total_count": self.beats}
+        lines = [f'vllm:{name}{{engine="0",model_name="tiny"}} {value}.0\n' for name, value in figures.items()]
+        return (self.filler + "".join(lines)).encode()
+
+
+METRICS = Metrics()
+
+
 def answer(request: bytes) -> bytes:
-    body = TOKEN if request.startswith(b"POST") else b""
+    body = TOKEN if request.startswith(b"POST") else METRICS.text() if request.startswith(b"GET /metrics") else b""
     return b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body)
 
 
