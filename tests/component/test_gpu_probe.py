@@ -15,6 +15,7 @@ import pytest
 from tests import procs
 from tests.fakes.nvml import Stub, uuid
 from tests.needs import need
+from vllmd.gpu import amd, probe
 from vllmd.preflight import devices, gpu
 from vllmd.preflight.gates import Limits
 from vllmd.preflight.gpu import GpuRequest
@@ -237,3 +238,13 @@ def test_for_the_gates_around_a_launch_it_says_who_has_memory_and_which_mig_devi
     assert [(each.uuid, each.memory_total_mib, each.memory_free_mib) for each in two.slices] == [("MIG-1", 10000, 9000)]
     stub.set(hang="nvmlDeviceGetMemoryInfo")
     assert devices.look(1.5).hung_in == "nvml"
+
+
+def test_amd_s_gpus_are_told_by_sysfs_and_a_processor_s_own_graphics_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = {"index": 1, "uuid": "GPU-1", "name": "MI300X", "memory_total_mib": 196592, "memory_free_mib": 196000, "lost": "", "processes": [], "mig": []}
+    monkeypatch.setattr(amd, "read", lambda: [{"index": 0, "memory_total_mib": 512}, card])
+    assert probe.read_sysfs()["gpus"] == [card]
+    found = gpu.parse(json.dumps({"source": "sysfs", "gpus": [card]}), timed_out=False)
+    assert gpu.judge(GpuRequest(wanted=("1",)), found).failures == ()
+    monkeypatch.setattr(amd, "read", list)
+    assert probe.read_sysfs() == {}

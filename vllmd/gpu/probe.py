@@ -7,7 +7,8 @@ waits with a deadline. Each stage is announced before it is entered; the last an
     {"stage": "nvml"}     {"source": "nvml", "driver_version": "...", "gpus": [...]}
     {"done": true}
 
-The cascade: libcuda (is there a driver, has it devices), then the figures by NVML, else by nvidia-smi, else skipped.
+The cascade: libcuda (is there a driver, has it devices), then the figures by NVML, else by nvidia-smi, else by sysfs (AMD),
+else skipped.
 With --memory libcuda is left out, and who has the memory, and MIG devices, are looked up too: what the gates around a launch want.
 """
 
@@ -38,7 +39,7 @@ def main() -> int:
     if "--memory" not in sys.argv:
         say(stage="libcuda")
         say(cuda=read_cuda())
-    for stage, read in (("nvml", read_nvml), ("nvidia-smi", read_nvidia_smi)):
+    for stage, read in (("nvml", read_nvml), ("nvidia-smi", read_nvidia_smi), ("sysfs", read_sysfs)):
         say(stage=stage)
         found = read()
         if "gpus" in found:
@@ -156,6 +157,17 @@ def _hex(reasons: Any) -> str:
 
 def _text(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value or "")
+
+
+_GRAPHICS_MIB = 4096
+"""A processor's own graphics have less than this, and serve no model."""
+
+
+def read_sysfs() -> dict[str, Any]:
+    from vllmd.gpu import amd
+
+    gpus = [gpu for gpu in amd.read() if (gpu.get("memory_total_mib") or 0) >= _GRAPHICS_MIB]
+    return {"driver_version": "", "gpus": gpus} if gpus else {}
 
 
 _SMI_FIELDS = {

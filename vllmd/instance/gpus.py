@@ -62,6 +62,7 @@ class Gpus:
         self._choice = Choice()
         self._claimed: list[Claim] = []
         self._before: tuple[Device, ...] = ()
+        self._source = ""
         self.has_driver = True
         """What preflight found out; without a driver nothing is asked again."""
 
@@ -126,6 +127,7 @@ class Gpus:
         if seen.source == "skipped":
             self._lease_unseen()
             return None
+        self._source = seen.source
         had = self._claimed
         waiting = self._lease(seen)
         if waiting is not None:
@@ -216,10 +218,12 @@ class Gpus:
         return error
 
     def _as_chosen(self) -> Context:
-        config = self._context.config
-        if config.gpus == "all" or not self._choice.tokens:
+        """By UUID; AMD's runtime takes indices alone."""
+        config, choice = self._context.config, self._choice
+        if config.gpus == "all" or not choice.tokens:
             return self._context
-        return replace(self._context, config=replace(config, gpus=self._choice.tokens))
+        tokens = tuple(str(each.index) for each in choice.whole) if self._source == "sysfs" else choice.tokens
+        return replace(self._context, config=replace(config, gpus=tokens))
 
     # -- after the end
 
