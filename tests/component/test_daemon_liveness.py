@@ -17,7 +17,8 @@ from typing import Any
 import pytest
 
 from tests import procs
-from tests.component.daemons import ends, first, quick, stop, watch_for
+from tests.component.daemons import Tampered, ends, first, quick, stop, watch_for
+from tests.engine.server import UnixConnection
 from tests.harness import Instance, merged
 
 pytestmark = pytest.mark.component
@@ -231,6 +232,43 @@ def test_a_supervisor_that_was_stopped_begins_anew() -> None:
             procs.wait_until("the gap", lambda: "the supervisor stood still for" in instance.log())
             instance.kill_engine("VLLM::EngineCore", signal.SIGCONT)
             watch_for(3, instance, lambda: lives(instance))
+
+
+SLEPT = """
+import os, vllmd.system.host as host
+real = host.boottime
+host.boottime = lambda: real() + (3600 if os.path.exists({gate!r}) else 0)
+"""
+
+
+def test_a_suspend_of_the_machine_begins_everything_anew() -> None:
+    hang_s = 2.0
+    watch = {**WATCH, "hang_timeout_s": hang_s, "first_request_timeout_s": hang_s}
+    instance = Tampered.quick(fake={"FAKE_TOKEN_S": "0.06"}, watch=watch)
+    gate = instance.root / "gate"
+    instance.patch = SLEPT.format(gate=str(gate))
+    with instance:
+        instance.wait_ready()
+        with asking(instance, {"max_tokens": 2000}):
+            time.sleep(0.5)
+            instance.kill_engine("VLLM::EngineCore", signal.SIGSTOP)
+            time.sleep(hang_s / 2)
+            slept = time.monotonic()
+            gate.touch()
+            ends(instance, 75, "engine_hung", ready=True)
+        assert "the machine slept for 3600 s" in instance.log()
+        assert first(instance, "STOPPING").at - slept >= hang_s
+
+
+def test_a_paused_engine_gets_no_proof_of_life() -> None:
+    with hasty(canary_interval_s=0.6) as instance:
+        instance.wait_ready()
+        with contextlib.closing(UnixConnection(str(instance.runtime / "control.sock"), timeout=5)) as connection:
+            connection.request("POST", "/pause", "{}")
+            assert connection.getresponse().status == 200
+        steps = metric(instance, "vllm:iteration_tokens_total_count")
+        watch_for(1.5, instance, lambda: metric(instance, "vllm:iteration_tokens_total_count") == steps)
+        assert 'vllmd_paused{name="demo"} 1.0' in instance.control("/metrics")[1]
 
 
 def test_a_reload_forgets_nothing_and_applies_at_once() -> None:
