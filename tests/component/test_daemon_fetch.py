@@ -130,7 +130,7 @@ def test_stop_ends_a_download_at_once_and_the_next_start_goes_on_where_it_was(hu
         assert 0 < progress["fraction"] < 1
         status, metrics = instance.control("/metrics")
         assert status == 200
-        assert 'vllmd_transfer_bytes{name="demo",phase="fetch",what="done"}' in metrics
+        assert 'vllmd_transfer_done_bytes{name="demo",phase="fetch"}' in metrics
         assert "Downloading the model" in "".join(message.get("STATUS") for message in instance.notify.messages)
         instance.signal(signal.SIGTERM)
         assert instance.wait_exit(5) == 0
