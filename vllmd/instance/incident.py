@@ -38,6 +38,7 @@ from vllmd.system.threads import in_thread
 
 EXAMINE_S, FIND_S, GATHER_S, DECIDE_S, CACHE_S, WRITE_S = 5.0, 0.5, 2.4, 0.5, 0.4, 1.0
 """The whole, and its steps one after the other."""
+RESERVE_S = 0.2
 KIB = 1 << 10
 OOM_SAMPLES, OOM_SAMPLE_S = 3, 10.0
 SERVING_LINES_S = 30.0
@@ -146,7 +147,9 @@ class Examiner:
         self.examined = Examined(final, coming)
         summary = {"schema": 1, "id": ident, "instance": self._prepared.instance, **told(final, facts, coming, self._board, self._vitals)}
         summary["took_s"] = round(time.monotonic() - began, 3)
-        await self._write(ident, sheets, cause, list(engine.output.lines), summary, config)
+        # What the others have left of the time: a disk that is slow now takes it in two seconds, and there is no second chance.
+        left_s = max(WRITE_S, EXAMINE_S - RESERVE_S - (time.monotonic() - began))
+        await self._write(ident, sheets, cause, list(engine.output.lines), summary, config, left_s)
         self._tell(cause, final, ident if self.examined.incident else "")
         return final
 
@@ -230,7 +233,7 @@ class Examiner:
 
     # -- writing
 
-    async def _write(self, ident: str, sheets: list[Sheet], cause: Cause, lines: Sequence[str], summary: dict[str, Any], config: Config) -> None:
+    async def _write(self, ident: str, sheets: list[Sheet], cause: Cause, lines: Sequence[str], summary: dict[str, Any], config: Config, left_s: float) -> None:
         folder, keep = self._state / incident_store.FOLDER, config.watch.keep_incidents
         loaded = replace(self._prepared.loaded, config=config)
         facts = Material(cause, lines, sheets, loaded, self._vitals.gpus, self._vitals.exposition.decode(errors="replace"))
@@ -239,10 +242,10 @@ class Examiner:
             return incident_store.write(folder, ident, parts(facts), plain_summary(summary, loaded), keep=keep)
 
         try:
-            async with asyncio.timeout(WRITE_S):
+            async with asyncio.timeout(left_s):
                 complaint = await in_thread(work)
         except TimeoutError:
-            complaint = f"{folder} did not take it within {WRITE_S:g} s"
+            complaint = f"{folder} did not take it within {left_s:.1f} s"
             self._journal.event("evidence-incomplete", f"the incident {ident} could not be written: {complaint}", priority=4)
             return
         except OSError as error:
