@@ -187,7 +187,7 @@ def test_a_journal_that_nobody_reads_harms_nothing() -> None:
 
 def dropped(instance: Instance) -> float:
     text = instance.control("/metrics")[1]
-    return float(text.split('vllmd_dropped_total{what="journal"} ')[1].split()[0])
+    return float(text.split('vllmd_dropped_total{name="demo",what="journal"} ')[1].split()[0])
 
 
 @pytest.mark.parametrize("stderr", ["/dev/full", "&-", "&$broken"], ids=["disk full", "closed", "reader gone"])
