@@ -67,18 +67,25 @@ class Liveness:
     # -- time
 
     def look(self, at: float, boot: float, planned_s: float) -> str:
-        """`planned_s`: how long ago the look before should have been, at most. Not '' when the clocks say that the machine,
-        or we ourselves, stood still: then everything is measured from now on."""
+        """`planned_s`: how long ago the look before should have been, at most. Not '' when the clocks say that the machine slept:
+        then everything is measured from now on; or that we ourselves stood still: that time then counts for nobody."""
         gap, slept = at - self._looked, (boot - self._boot) - (at - self._looked)
         self._looked, self._boot = at, boot
         if slept > 1.0:
-            reason = f"the machine slept for {slept:.0f} s"
-        elif gap > planned_s + self.limits.slack_s:
-            reason = f"the supervisor stood still for {gap - planned_s:.0f} s"
-        else:
-            return ""
-        self.rebase(at)
-        return reason
+            self.rebase(at)
+            return f"the machine slept for {slept:.0f} s; everything is measured anew"
+        if gap > planned_s + self.limits.slack_s:
+            self._skip(gap)
+            return f"the supervisor stood still for {gap - planned_s:.0f} s, which count for nobody"
+        return ""
+
+    def _skip(self, gap: float) -> None:
+        """What was seen before stays true: on a host short of CPU a hang would else be forgotten again and again."""
+        if self._silence is not None:
+            self._silence.skip(gap)
+        for pulse in self.pulses.values():
+            pulse.contiguous, pulse.canary = False, None
+            pulse.proof_at += gap
 
     def rebase(self, at: float) -> None:
         """Every clock begins anew; proofs of life on their way mean nothing any more."""
@@ -188,6 +195,8 @@ class Liveness:
 
     def _silent(self, sample: Sample) -> Finding | None:
         for pulse in self.pulses.values():
+            if pulse.canary is not None:
+                pulse.canary.blind = True
             pulse.contiguous = False  # nobody knows whether it moved: its server's figures may be as old as its silence
         if self._silence is None:
             self._silence = Silence(sample.asked_at, sample.asked_at, sample.front_cpu_s, sample.at)
@@ -217,6 +226,7 @@ class Liveness:
             for name, pulse in self.pulses.items()
             if self._readable(name)
             and pulse.canary is None
+            and pulse.settled
             and not pulse.rank.has_work
             and at >= pulse.next_canary_at
             and at >= pulse.proof_at + (self.limits.canary_interval_s if not pulse.failed else 0)
@@ -256,6 +266,9 @@ class Liveness:
     def _expired(self, name: str, pulse: Pulse, sample: Sample) -> Finding | None:
         canary = pulse.canary
         if canary is None or canary.expired_at is None or sample.asked_at < canary.expired_at:
+            return None
+        if canary.blind:
+            pulse.canary, pulse.next_canary_at = None, sample.at + RETRY_S
             return None
         if canary.moved and canary.worked:  # busy after all: requests came in meanwhile
             pulse.canary, pulse.proof_at = None, sample.at

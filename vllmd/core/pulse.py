@@ -57,6 +57,8 @@ class Canary:
     asked_at: float
     moved: bool = False
     worked: bool = False
+    blind: bool = False
+    """The server answered nobody for a while meanwhile: it may never have seen the request."""
     expired_at: float | None = None
 
 
@@ -70,6 +72,8 @@ class Pulse:
     proof_at: float
     still_s: float = 0.0
     contiguous: bool = True
+    settled: bool = True
+    """The last reading followed another good one: the first after a silence may be as old as that."""
     moved: bool = False
     canary: Canary | None = None
     next_canary_at: float = 0.0
@@ -85,7 +89,7 @@ class Pulse:
             self.still_s += at - self.at
         elif not rank.has_work:
             self.still_s = 0.0
-        self.at, self.contiguous = at, True
+        self.at, self.settled, self.contiguous = at, self.contiguous, True
         if self.canary is not None:
             self.canary.worked |= rank.has_work or rank.succeeded > old.succeeded
 
@@ -110,6 +114,9 @@ class Silence:
     quiet_since: float
     cpu_s: float
     at: float
+
+    def skip(self, seconds: float) -> None:
+        self.since, self.quiet_since, self.at = self.since + seconds, self.quiet_since + seconds, self.at + seconds
 
     def take(self, sample: Sample) -> None:
         span = sample.at - self.at

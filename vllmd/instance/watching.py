@@ -107,7 +107,7 @@ class Watch:
     def _stood_still(self, planned_s: float) -> bool:
         reason = self._liveness.look(time.monotonic(), boottime(), planned_s)
         if reason:
-            self._journal.event("clock-gap", f"{reason}; the watch begins anew", priority=5)
+            self._journal.event("clock-gap", reason, priority=5)
         return bool(reason)
 
     async def _take(self, sample: Sample) -> None:
