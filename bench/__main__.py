@@ -17,6 +17,7 @@ from types import FrameType
 
 from bench import (
     download,
+    gpus,
     headers,
     idle,
     killing,
@@ -59,6 +60,7 @@ PARTS: dict[str, tuple[str, Callable[[], list[Figure]]]] = {
     "ready": ("/health to READY=1 (2 to 4 minutes)", ready.run),
     "kill": ("SIGKILL of the engine", killing.run),
     "notice": ("deaths and hangs of a ready engine (2 minutes)", noticing.run),
+    "gpu": ("errors of GPUs, over the stub of the driver (3 minutes)", gpus.run),
     "idle": ("a ready supervisor, for a minute", idle.run),
     "port": ("the port check with 2,000 processes and 20,000 sockets", _port_check),
     "headers": ("validating the headers of a large model", headers.run),

@@ -1,5 +1,5 @@
 /* A stand-in for libnvidia-ml.so.1, below the real binding (pynvml). Its world is the file that NVML_STUB_STATE names, read
- * anew at every call, so that tests change it by renaming another one over it:
+ * anew at a call when it is another one: tests change it by renaming a new file over it:
  *
  *     driver 570.86.15
  *     init 9                                  nvmlInit answers this code (9 not loaded, 18 versions differ)
@@ -16,10 +16,13 @@
  * free; several). Layouts are those of the binding.
  */
 #include <fcntl.h>
+#include <poll.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/inotify.h>
+#include <sys/stat.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -37,7 +40,13 @@ static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
 static __thread char text[1 << 17];
 
 static void load(void) {
+    static __thread struct stat known;
+    struct stat now;
     const char *path = getenv("NVML_STUB_STATE");
+    if (path && !stat(path, &now)) { /* another file each time: what the stub costs should not be what the driver is thought to cost */
+        if (now.st_ino == known.st_ino && now.st_mtim.tv_nsec == known.st_mtim.tv_nsec && now.st_mtim.tv_sec == known.st_mtim.tv_sec) return;
+        known = now;
+    }
     int fd = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
     size_t have = 0;
     ssize_t got;
@@ -312,23 +321,48 @@ int nvmlEventSetCreate(struct set **out) {
 int nvmlDeviceRegisterEvents(struct device *d, u64 types, struct set *set) { int code = enter_gpu(__func__, d); if (!code && types & 8) set->wanted[d->gpu] = 1; return code; }
 int nvmlEventSetFree(struct set *set) { (void)set; return enter(__func__); }
 
+/* Waits without a wake-up, as the real one does, until the state's file is another one. -1 when it cannot: then it looks now and then. */
+static int watch_state(void) {
+    const char *path = getenv("NVML_STUB_STATE");
+    char folder[4096];
+    int fd = inotify_init1(IN_CLOEXEC | IN_NONBLOCK);
+    snprintf(folder, sizeof folder, "%s", path ? path : "/");
+    if (strrchr(folder, '/')) *strrchr(folder, '/') = 0;
+    if (fd >= 0 && inotify_add_watch(fd, folder, IN_MOVED_TO) < 0) close(fd), fd = -1;
+    return fd;
+}
+
+static long now_ms(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
 struct event { struct device *device; u64 type, data; u32 gi, ci; };
+static int next_event(struct set *set, struct event *out) {
+    const char *line;
+    long id;
+    int gpu;
+    u64 xid;
+    for (int n = 0; (line = nth("event", n)); n++)
+        if (sscanf(line, "%ld %d %llu", &id, &gpu, &xid) == 3 && id > set->seen) {
+            set->seen = id;
+            if (gpu < 0 || gpu >= GPUS || !set->wanted[gpu]) continue;
+            *out = (struct event){&devices[gpu], 8, xid, ~0u, ~0u};
+            return 1;
+        }
+    return 0;
+}
+
 int nvmlEventSetWait_v2(struct set *set, struct event *out, u32 timeout_ms) {
-    for (u32 waited = 0;; waited += 5) {
-        int code = enter("nvmlEventSetWait");
-        if (code) return code;
-        const char *line;
-        long id;
-        int gpu;
-        u64 xid;
-        for (int n = 0; (line = nth("event", n)); n++)
-            if (sscanf(line, "%ld %d %llu", &id, &gpu, &xid) == 3 && id > set->seen) {
-                set->seen = id;
-                if (gpu < 0 || gpu >= GPUS || !set->wanted[gpu]) continue;
-                *out = (struct event){&devices[gpu], 8, xid, ~0u, ~0u};
-                return OK;
-            }
-        if (waited >= timeout_ms) return TIMEOUT;
-        nap(5);
+    long end = now_ms() + (long)timeout_ms, left;
+    int fd = watch_state(), code, found = 0;
+    char drained[4096];
+    while (!(code = enter("nvmlEventSetWait")) && !(found = next_event(set, out)) && (left = end - now_ms()) > 0) {
+        struct pollfd changed = {fd, POLLIN, 0};
+        if (fd < 0) nap(5);
+        else if (poll(&changed, 1, (int)left) > 0 && read(fd, drained, sizeof drained) < 0) nap(1);
     }
+    if (fd >= 0) close(fd);
+    return code ? code : found ? OK : TIMEOUT;
 }
