@@ -169,7 +169,7 @@ class TestTheDriversOwnVerdict:
             assert record.driver == 1
             service.stub.gpu(field_230=0)
             procs.wait_until("the release", lambda: not quarantined(service))
-            assert "may be used again" in service.said()
+            procs.wait_until("the word of it", lambda: "may be used again" in service.said())
 
     def test_an_xid_makes_the_driver_be_asked_at_once(self) -> None:
         with GpuService(interval_s=30) as service:

@@ -113,12 +113,12 @@ class Host:
             if time.monotonic() - self._shown_at >= 2 * self._settings.interval_s:  # a hung driver gives no snapshot: the clients hear that we live
                 self._show(self._watch.document())
             if self._watch.kmsg.seen_until != self._saved:
-                self._saved = self._watch.kmsg.seen_until
                 await in_thread(self._save_position)
             await asyncio.sleep(every_s)
 
     def _save_position(self) -> None:
         """So that the next service does not take for new what this one has told, and a person may have cleared."""
+        self._saved = self._watch.kmsg.seen_until
         with contextlib.suppress(OSError):
             write_atomic(self._position, json.dumps({"boot_id": boot_id(), "written": self._saved}), fsync=False)
 
