@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -108,13 +107,13 @@ def test_engine_verb_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> 
     assert seen == [(["install", "--version", "1.0", "--cpu"], root_paths(Path("/x")))]
 
 
-def test_help_answers_within_a_fifth_of_a_second() -> None:
-    def once() -> float:
-        began = time.monotonic()
-        subprocess.run([sys.executable, "-c", "from vllmd.ctl import main; main()", "--help"], capture_output=True, check=True, timeout=20)
-        return time.monotonic() - began
-
-    assert min(once() for _ in range(5)) < 0.2
+def test_help_imports_nothing_that_takes_long() -> None:
+    """`--help` is to answer at once; how fast is a benchmark's to say, since test machines are shared."""
+    script = "import sys\nfrom vllmd.ctl import main\ntry:\n    main()\nfinally:\n    print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script, "--help"], capture_output=True, text=True, check=True, timeout=60)
+    assert "usage: vllmctl" in done.stdout
+    loaded = set(done.stdout.splitlines()[-1].split())
+    assert not loaded & {"asyncio", "yaml", "psutil", "prometheus_client", "rich", "aiohttp", "h11", "botocore", "huggingface_hub", "vllmd.config.settings"}
 
 
 # -- status
