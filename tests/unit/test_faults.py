@@ -204,3 +204,20 @@ def test_every_cause_stands_in_the_documentation_and_in_the_catalog() -> None:
         status, restarted = (cell.strip() for cell in rows[code])
         assert (int(status), restarted) == (row.status, "no" if row.status in final else "yes"), code
         assert row.event(code) in MESSAGES
+
+
+@pytest.mark.parametrize(
+    "cry",
+    [
+        "vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue. See stack trace (above) for the root cause.",
+        "RuntimeError: Executor failed.",
+        "RuntimeError: cancelled",
+    ],
+)
+def test_the_cry_of_those_who_waited_for_a_killed_process_is_no_crash_of_the_engine(cry: str) -> None:
+    """A SIGKILL of EngineCore, or of a Worker, was called a bug of the engine: the dead one itself says nothing."""
+    died = replace(SERVING, failure=Failure("engine_died", "the engine's process VLLM::Worker (pid 7) died", "look", 70), exit="", exit_code=None)
+    raised = ["Traceback (most recent call last):", '  File "/x/site-packages/vllm/v1/engine/core.py", line 1702, in run_busy_loop', "    raise it", cry]
+    assert decide(replace(died, lines=raised), SIGNS).failure == died.failure
+    real = [*raised[:3], "KeyError: 'blocks'", *raised]
+    assert decide(replace(died, lines=real), SIGNS).failure.code == "engine_bug"

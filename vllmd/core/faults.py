@@ -166,7 +166,7 @@ def decide(facts: Facts, signs: Signs) -> Cause:
     found = root_cause(facts.lines, signs.echoes) if vague and not facts.signal else None
     cause = _by_kernel(facts) or _by_gpu(facts)
     if cause is None and vague:
-        cause = _by_words(facts, signs) or _by_crash(facts, found) or _by_host(facts)
+        cause = _by_words(facts, signs) or _by_crash(facts, found, signs) or _by_host(facts)
     return replace(cause or Cause(facts.failure), traceback=found)
 
 
@@ -222,10 +222,12 @@ def is_calm(line: str) -> bool:
     return bool(_CALM.match(line))
 
 
-def _by_crash(facts: Facts, found: Traceback | None) -> Cause | None:
+def _by_crash(facts: Facts, found: Traceback | None, signs: Signs) -> Cause | None:
     if facts.signal in _CRASHES:
         return _cause("engine_bug", facts, f"killed by {facts.signal}", _CRASHES[facts.signal])
-    return _cause("engine_bug", facts, found.text) if found is not None else None
+    if found is None or any(echo.search(found.text) for echo in signs.echoes):
+        return None  # a process that was killed from without leaves only the cries of those who waited for it
+    return _cause("engine_bug", facts, found.text)
 
 
 def _cause(code: str, facts: Facts, quote: str, hint: str = "", status: int = 0) -> Cause:

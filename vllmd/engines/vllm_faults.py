@@ -180,7 +180,7 @@ ECHOES = tuple(
     re.compile(pattern)
     for pattern in (
         r"[Ss]ee root cause above|[Ss]ee stack trace|stack trace above for the root cause|for root cause",
-        r"^EngineDeadError|^CancelledError|^KeyboardInterrupt|^SystemExit",
+        r"EngineDeadError|^RuntimeError: (?:Executor failed\.|cancelled$)|^CancelledError|^KeyboardInterrupt|^SystemExit",
         r"^ConnectionResetError|^BrokenPipeError",
     )
 )
