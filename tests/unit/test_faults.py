@@ -9,6 +9,7 @@ import pytest
 
 from vllmd.core.events import Failure
 from vllmd.core.faults import CAUSES, QUOTED, Facts, GpuFact, again, decide
+from vllmd.core.lifecycle import NO_RESTART
 from vllmd.engines.vllm_faults import SIGNATURES, SIGNS
 from vllmd.system.messages import MESSAGES
 
@@ -93,6 +94,8 @@ def test_a_cause_that_stands_above_hundreds_of_lines_is_found() -> None:
         ("OSError: [Errno 28] No space left on device: '/var/cache/vllmd/vllm/x'", "disk_full", 74, "df -h"),
         ("ValueError: Bfloat16 is only supported on GPUs with compute capability of at least 8.0. Your T4", "bad_flag", 78, "dtype: half"),
         ("ValueError: World size (8) is larger than the number of available GPUs (4) in this node.", "bad_flag", 78, "to 4 or less"),
+        ("RuntimeError: CUDA error: out of memory", "cuda_out_of_memory", 75, ""),
+        ("safetensors_rust.SafetensorError: Error while deserializing: I/O error: Stale file handle (os error 116)", "bad_model", 74, "storage"),
         ("RuntimeError: CUDA error: an illegal memory access was encountered", "cuda_error", 70, "CUDA_LAUNCH_BLOCKING"),
     ],
 )  # fmt: skip
@@ -142,6 +145,36 @@ def test_a_hang_stays_a_hang_unless_the_kernel_knows_better() -> None:
 def test_a_prompt_in_the_log_is_no_cause(level: str) -> None:
     line = f"(APIServer pid=1) {level} 11-21 09:38:09 [logger.py:1] Received request: 'CUDA out of memory. Tried to allocate 2.00 GiB'"
     assert words(line, facts=SERVING) == EXITED
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/opt/vllm/site-packages/torchvision/io/image.py:14: UserWarning: Failed to load image Python extension: '/opt/image.so: undefined symbol: _ZN3c10'",
+        "(Worker pid=9) /opt/x.py:14: UserWarning: libfoo.so: cannot open shared object file",
+        "[rank1]:[W1121 10:11:12.123456789 TCPStore.cpp:125] [c10d] recvValue failed: Connection reset by peer (TCPStore)",
+        "[W1121 10:11:12.123456789 socket.cpp:460] [c10d] Connection reset by peer, remote=[127.0.0.1]:2",
+    ],
+)
+def test_a_warning_of_a_library_is_no_cause(line: str) -> None:
+    assert words(line) == EXITED
+    error = line.replace("/opt/x.py:14: UserWarning", "ImportError").replace("image.py:14: UserWarning", "ImportError").replace("[W", "[E")
+    assert words(error) != EXITED
+
+
+@pytest.mark.parametrize("text", ["GPU is lost", "No space left on device", "CUDA out of memory"])
+def test_a_models_name_that_a_client_asked_for_is_no_cause(text: str) -> None:
+    line = "(APIServer pid=1) ERROR 11-21 09:38:09 [serving.py:274] "
+    name = f"Error with model error=ErrorInfo(message='The model `{text}` does not exist.', type='NotFoundError', param='model', code=404)"
+    assert words(line + name, facts=SERVING) == EXITED
+
+
+@pytest.mark.parametrize("text", ["GPU is lost", "CUDA driver version is insufficient", "no kernel image is available for execution on the device"])
+def test_words_alone_forbid_no_restart_of_an_engine_that_has_served(text: str) -> None:
+    line = f"(APIServer pid=1) ERROR 11-21 09:38:09 [x.py:1] {text}"
+    at_start, serving = words(line), words(line, facts=SERVING)
+    assert at_start.status in NO_RESTART
+    assert (serving.code, serving.status) == (at_start.code, 70)
 
 
 def test_words_of_a_start_count_only_at_the_start() -> None:

@@ -14,6 +14,7 @@ from typing import Literal
 
 from vllmd.core.events import Failure
 from vllmd.core.fingerprint import Traceback, plain, root_cause
+from vllmd.core.lifecycle import NO_RESTART
 
 QUOTED = 400
 """Characters of an engine's line in a sentence for people; the evidence has the whole of it."""
@@ -139,10 +140,12 @@ class Signature:
 
 @dataclass(frozen=True, slots=True)
 class Signs:
-    """What an engine's plug-in knows: its words in order of weight, and `echoes`, the texts of those who only saw another die."""
+    """What an engine's plug-in knows: its words in order of weight, `echoes`, the texts of those who only saw another die, and
+    `quotes`, the beginnings of errors that repeat what a client has sent."""
 
     signatures: tuple[Signature, ...] = ()
     echoes: tuple[re.Pattern[str], ...] = ()
+    quotes: tuple[re.Pattern[str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +200,17 @@ def _by_gpu(facts: Facts) -> Cause | None:
 def _by_words(facts: Facts, signs: Signs) -> Cause | None:
     now = "serving" if facts.serving else "start"
     lines = [text for line in facts.lines if not is_calm(line) and (text := plain(line)[1]) and not text.startswith(_SOURCE)]
+    lines = [text for text in lines if not any(quote.match(text) for quote in signs.quotes)]
     for signature in signs.signatures:
         if signature.when not in (now, "any"):
             continue
         match = _first(signature.pattern, lines)
         if match is not None:
             hint, status = signature.advise(match, facts) if signature.advise else ("", 0)
+            status = status or CAUSES[signature.code].status
+            if facts.serving and status in NO_RESTART:
+                # Its words may be a client's, and it has served with these files and GPUs: what is really lost, the next start's checks find.
+                status = facts.failure.status
             return _cause(signature.code, facts, match.string.strip(), hint, status)
     return None
 
@@ -214,11 +222,13 @@ def _first(pattern: re.Pattern[str], lines: Iterable[str]) -> re.Match[str] | No
 
 _SOURCE = " " * 4
 """Within a traceback: the line of code that raised the error holds its words too, with the figures not filled in."""
-_CALM = re.compile(r"^(?:\([^)]{1,80}\) )?(?:DEBUG|INFO|WARNING)[: ]")
+_CALM = re.compile(r"^(?:\([^)]{1,80}\) )?(?:(?:DEBUG|INFO|WARNING)[: ]|(?:\[rank\d{1,5}\]: ?)?\[?[IW]\d{4} |[^\s:]{1,300}:\d{1,7}: \w{0,60}Warning: )")
+"""Of the engine, of C++ below it ('[rank1]:[W1121 10:11:12.123 TCPStore.cpp:125] ...'), of Python ('x.py:14: UserWarning: ...')."""
 
 
 def is_calm(line: str) -> bool:
-    """A line that says itself that it is no error: a prompt that is logged may hold any text."""
+    """A line that says itself that it is no error: a prompt that is logged may hold any text, and torchvision warns of a
+    library that nobody needs in the words of one that is missing."""
     return bool(_CALM.match(line))
 
 

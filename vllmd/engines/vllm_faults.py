@@ -95,6 +95,11 @@ def _allocation_failed(match: re.Match[str], facts: Facts) -> Advice:
     return (f"{missing}: set {_UTILIZATION} to {share:.2f} or less, or lower engine.args max-num-seqs" if share >= 0.3 else ""), 0
 
 
+def _no_figures(_match: re.Match[str], _facts: Facts) -> Advice:
+    """CUDA itself names no size and no owner, and says so first of all where another program holds nearly everything: may pass."""
+    return "", 75
+
+
 def _too_long(match: re.Match[str], _facts: Facts) -> Advice:
     return f"set {_MODEL_LEN} to {match['most'].partition('.')[0]} or less (it is {match['given']})", 0
 
@@ -121,6 +126,14 @@ def _row(pattern: str, code: str, when: str = "any", advise: object = None) -> S
     return Signature(re.compile(pattern), code, when, advise)  # type: ignore[arg-type]
 
 
+_STORAGE = r"(?:Input/output error|Stale file handle|Transport endpoint is not connected|os error (?:5|107|110|112|116)\b)"
+
+
+def _unreadable(_match: re.Match[str], _facts: Facts) -> Advice:
+    """A network file system that comes back, or a disk: not the model's bytes."""
+    return "its storage fails: `journalctl -k -p err`, and the server where it is a network's", 74
+
+
 _N = r"[\d.]+"
 SIGNATURES: tuple[Signature, ...] = (
     # The GPU and its driver: what follows from them is noise.
@@ -144,7 +157,7 @@ SIGNATURES: tuple[Signature, ...] = (
     _row(r"CUDA out of memory occurred when warming up \w+ with (?P<requests>\d+) dummy requests", "cuda_out_of_memory", "start", _too_many_dummies),
     _row(r"(?:CUDA|HIP) out of memory\. Tried to allocate (?P<tried>[\d.]+) (?P<unit>\w+)", "cuda_out_of_memory", "start", _allocation_failed),
     _row(r"(?:CUDA|HIP) out of memory\. Tried to allocate (?P<tried>[\d.]+) (?P<unit>\w+)", "cuda_out_of_memory_serving", "serving", _allocation_failed),
-    _row(r"(?:CUDA|HIP) out of memory|CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED", "cuda_out_of_memory", "start"),
+    _row(r"(?:CUDA|HIP) out of memory|CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED", "cuda_out_of_memory", "start", _no_figures),
     _row(r"(?:CUDA|HIP) out of memory|CUDA error: out of memory|CUDA_ERROR_OUT_OF_MEMORY|CUBLAS_STATUS_ALLOC_FAILED", "cuda_out_of_memory_serving", "serving"),
     _row(r"^Error in memory profiling|AssertionError: Error in memory profiling", "gpu_memory_taken", "start"),
     _row(r"DefaultCPUAllocator: can't allocate memory|^MemoryError\b|Cannot allocate memory", "host_out_of_memory"),
@@ -157,6 +170,7 @@ SIGNATURES: tuple[Signature, ...] = (
     # The model.
     _row(r"set the option `?trust_remote_code=True`?|trust_remote_code=True.*to remove this error", "bad_model", "start", _trust),
     _row(r"Model architectures .* are not supported for now|is not a valid JSON file|Can't load the configuration of|does not recognize this architecture", "bad_model", "start"),
+    _row(rf"SafetensorError: .*{_STORAGE}", "bad_model", "start", _unreadable),
     _row(r"SafetensorError: |Weight files referenced in index but missing|Cannot find any model weights|HFValidationError: Repo id must be", "bad_model", "start"),
     _row(r"(?:Following weights were not initialized|There is no module or parameter named|size mismatch for|exceeds dimension size|shape mismatch.*loaded weight)", "bad_model", "start"),
     _row(r"Error no file named|Can't load tokenizer|Unrecognized model in", "bad_model", "start"),
@@ -185,4 +199,7 @@ ECHOES = tuple(
     )
 )
 
-SIGNS = Signs(SIGNATURES, ECHOES)
+QUOTES = (re.compile(r"Error with model "),)
+"""'Error with model error=ErrorInfo(message='The model `any text of a client` does not exist.', ...': logged as an error of the server."""
+
+SIGNS = Signs(SIGNATURES, ECHOES, QUOTES)
