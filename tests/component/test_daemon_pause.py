@@ -89,6 +89,17 @@ def test_a_stop_goes_on_while_paused() -> None:
         stop(instance)
 
 
+def test_a_stop_waits_for_nothing_where_the_engine_has_ended_while_paused() -> None:
+    """Its end was told during the pause, and is told no second time."""
+    with quick() as instance:
+        instance.wait_ready()
+        assert post(instance, "/pause")[0] == 200
+        instance.kill_engine("vllm")
+        procs.wait_until("it to be known", lambda: "killed by SIGKILL" in instance.status()["paused"]["pending"])
+        instance.signal(signal.SIGTERM)
+        assert instance.wait_exit(5) == 0
+
+
 def test_a_start_can_be_paused_and_systemd_is_told_to_wait() -> None:
     with quick({"FAKE_START_S": "60", "FAKE_PROGRESS": "none"}, {"start": {"stall_timeout_s": 1}}) as instance:
         instance.wait_state("starting")

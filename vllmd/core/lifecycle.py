@@ -143,8 +143,15 @@ def _unkillable(life: Life, event: ev.KillExpired) -> Outcome:
 
 _KILL = _to(State.KILLING, ev.KillTree())
 _ABANDON = _to(State.KILLING, ev.TellStopping(), ev.KillTree())
-_DRAIN_START = _to(State.DRAINING, ev.TellStopping(), ev.TerminateEngine(during_start=True))
-_DRAIN = _to(State.DRAINING, ev.TellStopping(), ev.TerminateEngine(during_start=False))
+
+
+def _drain(*, during_start: bool) -> Rule:
+    """What has failed during a pause answers nobody any more: its end is past, and a drain would wait for it in vain."""
+    drained = _to(State.DRAINING, ev.TellStopping(), ev.TerminateEngine(during_start=during_start))
+    return lambda life, event: (drained if life.pending is None else _ABANDON)(life, event)
+
+
+_DRAIN_START, _DRAIN = _drain(during_start=True), _drain(during_start=False)
 
 
 def _reload(life: Life, _event: ev.ReloadRequested) -> Outcome:
