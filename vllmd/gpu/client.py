@@ -52,15 +52,16 @@ class Client:
         self._own: asyncio.Task[None] | None = None
         self._feeding: asyncio.Task[None] | None = None
         self._heard_at = 0.0
+        """Until when (its clock) the host unit's words are known here: it is asked for those since."""
         self.source = ""
         """Where it comes from now: 'host' (gpu.sock), 'own' (a child of ours), '' before the first."""
 
     async def stream(self) -> AsyncIterator[Finding | Snapshot]:
         """Until `close` or cancellation: findings at once, a snapshot every interval. Never raises for what the other side
         does. A consumer that is slow loses snapshots, then findings, the oldest first."""
-        self._feeding = asyncio.create_task(self._feed())
+        feeding = self._feeding = asyncio.create_task(self._feed())
         try:
-            while not self._feeding.done():
+            while not feeding.done():
                 await self._some.wait()
                 self._some.clear()
                 while self._findings:
@@ -110,7 +111,7 @@ class Client:
                 writer.transport.abort()
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        since = f"?since={self._heard_at:.3f}" if self._heard_at else ""
+        since = f"?since={self._heard_at:.7f}" if self._heard_at else ""
         writer.write(f"GET /events{since} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
         patience_s = ANSWER_S
         async with asyncio.timeout(ANSWER_S):
@@ -131,8 +132,11 @@ class Client:
     def _line(self, line: bytes) -> None:
         words = _object(line)
         if (finding := parse(words.get("finding"))) is not None:
+            self._heard_at = max(self._heard_at, finding.at)
             self._told(finding)
         elif (found := document(words.get("snapshot"))) is not None:
+            at = found.get("at")
+            self._heard_at = max(self._heard_at, at) if isinstance(at, float) else self._heard_at
             self._seen(found)
 
     # -- a watch of our own
@@ -145,18 +149,16 @@ class Client:
         await watch.run()
 
     async def _stop_own(self) -> None:
-        own, self._own = self._own, None
+        own = self._own
         if own is not None:
             await _ended(own)
+            self._own = None  # not before: whoever is cancelled meanwhile must not leave it to nobody
 
     def _told(self, finding: Finding) -> None:
-        self._heard_at = max(self._heard_at, finding.at)
         self._findings.append(finding)
         self._some.set()
 
     def _seen(self, snapshot: Snapshot) -> None:
-        at = snapshot.get("at")
-        self._heard_at = max(self._heard_at, at) if isinstance(at, float) else self._heard_at
         self._snapshot = snapshot
         self._some.set()
 

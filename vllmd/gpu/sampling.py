@@ -28,6 +28,7 @@ _LINE_BYTES = 4 << 20
 _CHUNK = 1 << 16
 _LEFT_MAX = 3
 _REAP_S = 1.0
+_LAST_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,11 +208,14 @@ class Sampling:
         with contextlib.suppress(OSError):
             os.killpg(child.pid, signal.SIGKILL)
         deadline = time.monotonic() + _REAP_S
-        while child.poll() is None:
-            if time.monotonic() >= deadline:
+        try:
+            while child.poll() is None and time.monotonic() < deadline:
+                await asyncio.sleep(0.005)
+        finally:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # the loop itself ends: no turn of it is left
+                child.wait(_LAST_S)
+            if child.returncode is None:
                 self._left.append(child)
-                return
-            await asyncio.sleep(0.005)
 
     def _reap_left(self) -> None:
         self._left = [child for child in self._left if child.poll() is None]
