@@ -27,13 +27,15 @@ class Watched:
         self.now = 0.0
         self.found: list[tuple[float, Finding]] = []
 
-    def read(self, seconds: float, outcome: Outcome = "ok", *, step: float = 1.0, cpu: float = 0.0, stopped: bool = False, **ranks: Rank) -> None:
-        """The same reading all the time; `cpu`: cores that the server uses; ranks as r0=, r1=."""
+    def read(
+        self, seconds: float, outcome: Outcome = "ok", *, step: float = 1.0, cpu: float = 0.0, state: str = "S", **ranks: Rank
+    ) -> None:
+        """The same reading all the time; `cpu`: cores that the server uses; `state`: the kernel's letter; ranks as r0=, r1=."""
         end = self.now + seconds
         while self.now < end:
             self.now += step
             named = {name.removeprefix("r"): rank for name, rank in ranks.items()}
-            self._keep(self.liveness.scraped(Sample(self.now - 0.01, self.now, outcome, named, cpu * self.now, stopped)))
+            self._keep(self.liveness.scraped(Sample(self.now - 0.01, self.now, outcome, named, cpu * self.now, state == "T", state == "R")))
 
     def _keep(self, finding: Finding | None) -> None:
         if finding is not None:
@@ -146,10 +148,17 @@ def test_a_server_that_does_not_compute_is_hung_after_the_timeout() -> None:
     assert "uses no CPU" in watched.found[0][1].what
 
 
+def test_a_server_that_gets_no_processor_is_not_hung() -> None:
+    watched = Watched()
+    moving(watched)
+    watched.read(300, "timeout", cpu=0.01, state="R")
+    assert watched.found == []
+
+
 def test_a_stopped_server_is_named_whatever_others_compute() -> None:
     watched = Watched()
     moving(watched)
-    watched.read(62, "timeout", cpu=4.0, stopped=True)
+    watched.read(62, "timeout", cpu=4.0, state="T")
     assert watched.codes == ["engine_hung"]
     assert "stopped" in watched.found[0][1].what
 

@@ -40,7 +40,7 @@ class Rank:
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One reading: asked when, over when. `front_cpu_s` is the CPU time of the processes that answer, so far; `stopped`:
-    the kernel says that they are (state T). Both are looked at only where nobody answered."""
+    the kernel says that they are (state T); `runnable`: that one of them wants a processor (state R). Looked at only where nobody answered."""
 
     asked_at: float
     at: float
@@ -48,6 +48,7 @@ class Sample:
     ranks: Mapping[str, Rank] = field(default_factory=dict)
     front_cpu_s: float = 0.0
     stopped: bool = False
+    runnable: bool = False
 
 
 @dataclass(slots=True)
@@ -120,6 +121,8 @@ class Silence:
 
     def take(self, sample: Sample) -> None:
         span = sample.at - self.at
-        if span > 0 and not sample.stopped and (sample.front_cpu_s - self.cpu_s) / span >= BUSY_CORES:
+        computed = span > 0 and (sample.front_cpu_s - self.cpu_s) / span >= BUSY_CORES
+        # One that would compute if it got a processor waits for the machine: a host with more work than cores.
+        if not sample.stopped and (computed or sample.runnable):
             self.quiet_since = sample.at
         self.cpu_s, self.at = sample.front_cpu_s, sample.at

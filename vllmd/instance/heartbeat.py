@@ -34,8 +34,8 @@ class Heartbeat:
     async def read(self, timeout_s: float) -> Sample:
         asked_at = time.monotonic()
         outcome, ranks = await self._ask(timeout_s)
-        cpu_s, stopped = self._front() if outcome in SILENT else (0.0, False)
-        return Sample(asked_at, time.monotonic(), outcome, ranks, cpu_s, stopped)
+        cpu_s, states = self._front() if outcome in SILENT else (0.0, frozenset())
+        return Sample(asked_at, time.monotonic(), outcome, ranks, cpu_s, stopped=states == {"T"}, runnable="R" in states)
 
     async def _ask(self, timeout_s: float) -> tuple[Outcome, Mapping[str, Rank]]:
         engine = self._engine
@@ -61,16 +61,16 @@ class Heartbeat:
         answers = await asyncio.gather(*(request(self._endpoint, "GET", path, timeout_s=EXCUSE_TIMEOUT_S) for path in paths))
         return next((path for path, answer in zip(paths, answers, strict=True) if _says_true(answer)), "")
 
-    def _front(self) -> tuple[float, bool]:
-        """CPU time of the processes that hold the listening socket, and whether all are stopped. Of the whole family where
+    def _front(self) -> tuple[float, frozenset[str]]:
+        """CPU time of the processes that hold the listening socket, and the states they are in. Of the whole family where
         they cannot be told: workers of some engines spin when they wait, and would be taken for a server that computes."""
         pids = self._family.pids()
         inodes = [listener.inode for listener in listeners_of(self._endpoint) if listener.inode]
         holders = {pid for found in procfs.socket_holders(inodes, pids).values() for pid in found}
         stats = [found for pid in holders if (found := procfs.stat(pid)) is not None]
         if not stats:
-            return self._family.cpu_s(), False
-        return sum(map(cpu_seconds, holders)), all(each.state == "T" for each in stats)
+            return self._family.cpu_s(), frozenset()
+        return sum(map(cpu_seconds, holders)), frozenset(each.state for each in stats)
 
 
 def _says_true(answer: Answer) -> bool:
