@@ -132,7 +132,7 @@ install_units() {
     if systemd_runs; then systemctl daemon-reload; fi
     systemctl --quiet enable vllmd.target vllmd-gpu.service
     # A watch that runs is the old program's; instances bear its absence for a moment.
-    if systemd_runs; then systemctl try-restart vllmd-gpu.service; fi
+    if systemd_runs; then systemctl try-restart vllmd-gpu.service || :; fi
 }
 
 # What Prometheus and Grafana are pointed at (docs/metrics.md); a person's changes belong in a copy.

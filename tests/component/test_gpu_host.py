@@ -17,6 +17,7 @@ from tests.gpu_service import GpuService
 from vllmd.core import xids
 from vllmd.gpu import quarantine
 from vllmd.gpu.quarantine import Record
+from vllmd.system.host import private_memory_bytes
 
 pytestmark = pytest.mark.component
 
@@ -371,6 +372,12 @@ class TestTheService:
                 second.start()
             assert second.process is not None
             assert second.process.wait(5) == 75
+
+    def test_with_its_sampler_it_is_small(self) -> None:
+        """`make bench` has the figure, and the CPU's; here it must not silently become another."""
+        with GpuService(8) as service:
+            service.listen().snapshot(lambda found: len(found["gpus"]) == 8)
+            assert private_memory_bytes(service.pid) + private_memory_bytes(service.sampler().pid) < 64 << 20
 
     def test_no_sampler_outlives_a_service_that_was_killed(self) -> None:
         with GpuService() as service:
