@@ -13,7 +13,8 @@ from tests import procs
 from tests.component.daemons import Tampered, ends, extends, first, hold, quick, stop
 from tests.harness import Instance
 
-pytestmark = pytest.mark.component
+# Their clocks are of a second, which is short for a daemon that shares its processor with another test's.
+pytestmark = [pytest.mark.component, pytest.mark.alone]
 
 STALL_S = 1.0
 CLOCKS = {"start": {"stall_timeout_s": STALL_S}, "stop": {"kill_timeout_s": 2}}
