@@ -24,7 +24,8 @@ from vllmd.instance.incident import EXAMINE_S
 pytestmark = [pytest.mark.component, pytest.mark.timeout(120)]
 
 KEY = "sk-verysecret-0815-abcdef"
-CRASH = {"FAKE_EXIT_READY": "1@0.2", "FAKE_ERROR": "ValueError: no room"}
+# After a second (the speed is 3), so that a slow machine has told READY by then.
+CRASH = {"FAKE_EXIT_READY": "1@3", "FAKE_ERROR": "ValueError: no room"}
 PARTS = {"cause.txt", "engine.log", "stacks.txt", "processes.txt", "waits.txt", "cgroup.txt", "kernel.txt", "config.json", "gpu.json", "metrics.txt"}
 
 
