@@ -117,6 +117,7 @@ class Daemon:
                 await publisher.close()
                 await control.close()
                 self.board.close()
+                signals.deafen()
 
     async def _remember(self) -> None:
         """What earlier lives ended of, for the metrics; nothing waits for it."""

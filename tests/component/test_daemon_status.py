@@ -236,3 +236,19 @@ def test_a_bug_of_ours_is_status_70_with_its_traceback_and_no_leftovers() -> Non
         assert "ZeroDivisionError" in error["what"]
         assert "Traceback" in instance.log()
         assert_nothing_left(instance)
+
+
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGTERM, signal.SIGINT])
+def test_a_signal_in_the_last_moment_changes_no_exit_status(number: signal.Signals) -> None:
+    """systemd takes a death by one of these for a clean end, and would not restart what has failed."""
+    late = f"""
+import asyncio, os
+real = asyncio.run
+def run(work):
+    status = real(work)
+    os.kill(os.getpid(), {int(number)})
+    return status
+asyncio.run = run
+"""
+    with Tampered.quick(late, fake={"FAKE_EXIT_READY": "1@0.2"}) as instance:
+        ends(instance, 70, "engine_exited", ready=True)

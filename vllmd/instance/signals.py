@@ -32,6 +32,15 @@ def listen(post: Callable[[ev.Event], None]) -> None:
     signal.set_wakeup_fd(signal.set_wakeup_fd(-1), warn_on_full_buffer=False)
 
 
+def deafen() -> None:
+    """At the very end: nothing is stopped or read again any more. The loop would set them back to what kills, and a death by
+    SIGHUP, SIGINT or SIGTERM is a clean end for systemd: `Restart=on-failure` would not restart what has failed."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGHUP, *STOPPING):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
+
+
 def _has_terminal() -> bool:
     """Whether a person may be at it: a controlling terminal that has not hung up. SIGHUP says that it has, too, and an engine
     that nobody sees any more must not go on holding the GPU."""
