@@ -79,6 +79,18 @@ def test_a_key_that_the_engine_itself_prints_is_taken_out() -> None:
         assert not list(seen_in_files(instance, "file"))
 
 
+def test_secrets_of_flags_and_of_our_own_environment_are_taken_out_as_well() -> None:
+    """The engine's command knows none of them by name: a flag that is passed through, and the hub's token that the download uses."""
+    flag, token = "a-token-in-a-flag-0815", "a-token-of-the-hub-4711"
+    fake = {"FAKE_EXIT_READY": "1@0.2", "FAKE_ERROR": f"ValueError: neither {flag} nor {token}"}
+    with quick(fake, {"engine": {"args": {"hf-token": flag}}}, env={"HF_TOKEN": token}) as instance:
+        assert "neither" in ends(instance, 70, "engine_exited", ready=True)["what"]
+        for path in [*instance.state.rglob("*"), *instance.root.glob("demo.*")]:
+            content = path.read_bytes() if path.is_file() else b""
+            assert flag.encode() not in content, path
+            assert token.encode() not in content, path
+
+
 def test_a_private_file_of_a_killed_supervisor_is_replaced_and_removed() -> None:
     with keyed("file") as instance:
         instance.wait_ready()

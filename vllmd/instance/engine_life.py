@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from vllmd.config import show
 from vllmd.config.redact import redact_argv, redact_text
 from vllmd.config.settings import Log
 from vllmd.core import events as ev
@@ -67,6 +68,7 @@ class EngineLife:
         self._board = board
         self._state = context.paths.instance_state(plan.instance)
         self._secrets: tuple[str, ...] = plan.command.secrets
+        self._configured = show.secrets(context.config)  # also what the command is not told, and an engine may find and print
         self.output = Output(engine, journal, self._redacted, self._heard)
         self.start = StartWatch(plan.deadlines, clockwork, family.cpu_s)
         self._child: Child | None = None
@@ -317,4 +319,4 @@ class EngineLife:
         return words | ({"unkillable": [each.as_dict() for each in self._stuck]} if self._stuck else {})
 
     def _redacted(self, text: str) -> str:
-        return redact_text(text, self._secrets)
+        return redact_text(text, (*self._secrets, *self._configured))
