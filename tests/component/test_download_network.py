@@ -90,6 +90,15 @@ def test_encrypted_body_that_stalls_is_asked_anew(ran: Ran, authority: tuple[ssl
     assert server.served["model.safetensors"] == len(FILES["model.safetensors"])
 
 
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_all_that_came_counts_while_the_source_stands_still(ran: Ran, authority: tuple[ssl.SSLContext, Path], encrypted: bool) -> None:
+    """A stop in that time would lose it, and a person would see a smaller number than there is."""
+    with FilesServer(FILES, secure=authority[0] if encrypted else None, script=[stall_after(500_001)]) as server:
+        only = {"model.safetensors": FILES["model.safetensors"]}
+        ran.fetch(listing(only), Plain(server.url), replace(LIMITS, stall_s=2, connections=1), {"SSL_CERT_FILE": str(authority[1])})
+    assert 500_001 in [progress.done_bytes for progress in ran.progress]
+
+
 def test_redirect_from_https_to_http_is_refused(ran: Ran, authority: tuple[ssl.SSLContext, Path]) -> None:
     with FilesServer(FILES) as plain, FilesServer(FILES, secure=authority[0]) as server:
         server.rule = redirect(f"{plain.url}/config.json")

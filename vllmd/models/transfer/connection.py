@@ -9,6 +9,7 @@ import contextlib
 import select
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -92,6 +93,21 @@ class Connection:
     def waits_since(self, now: float) -> None:
         """The same without a block, for loops: a byte came, and more are waited for; 0 for not any more."""
         self._waits_since = now
+
+    @contextlib.contextmanager
+    def patience(self, limit_s: float) -> Iterator[None]:
+        """Meanwhile a wait for bytes that is longer than that gives BlockingIOError. By the kernel's own clock: a timeout of
+        Python's costs a poll before each read."""
+        self._limit_waits(limit_s)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # closed meanwhile
+                self._limit_waits(0.0)
+
+    def _limit_waits(self, limit_s: float) -> None:
+        seconds, part = divmod(limit_s, 1)
+        self.plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds), int(part * 1e6)))
 
     def abort(self, reason: str) -> None:
         """End it from another thread: what blocks on it returns at once."""

@@ -48,12 +48,13 @@ class Receiver:
             write_all(fd, first, position, name)
             position += len(first)
             moved(position)
-        while position < end:
-            # A short body is not worth a pipe, nor is what is encrypted.
-            if source.is_encrypted or not self._splices or end - position < CHUNK_BYTES // 8:
-                position = self._buffered(source, fd, position, end, name, moved)
-            else:
-                position = self._spliced(source, fd, position, end, name, moved)
+        with source.patience(LATE_S):
+            while position < end:
+                # A short body is not worth a pipe, nor is what is encrypted.
+                if source.is_encrypted or not self._splices or end - position < CHUNK_BYTES // 8:
+                    position = self._buffered(source, fd, position, end, name, moved)
+                else:
+                    position = self._spliced(source, fd, position, end, name, moved)
 
     @property
     def buffer(self) -> memoryview:
@@ -81,7 +82,15 @@ class Receiver:
         try:
             with source.waiting():
                 # TLS gives at most what came at once: one write for several, but none late
-                while filled < wanted and now - began < LATE_S and (count := source.wire.recv_into(buffer[filled:wanted])):
+                while filled < wanted and (not filled or now - began < LATE_S):
+                    try:
+                        count = source.wire.recv_into(buffer[filled:wanted])
+                    except BlockingIOError:  # a source that stands still keeps back nothing of what came
+                        if filled:
+                            break
+                        continue
+                    if not count:
+                        break
                     filled += count
                     now = time.monotonic()
                     source.waits_since(now)
@@ -105,7 +114,12 @@ class Receiver:
         try:
             while position < end and position - begin < TOLD_BYTES and now - started < LATE_S and self._splices:
                 source.waits_since(now)
-                count = os.splice(wire, pipe[1], min(end - position, size))
+                try:
+                    count = os.splice(wire, pipe[1], min(end - position, size))
+                except BlockingIOError:  # a source that stands still keeps back nothing of what came
+                    if position > begin:
+                        break
+                    continue
                 before, now = now, time.monotonic()
                 waited_s += now - before
                 source.waits_since(0.0)
