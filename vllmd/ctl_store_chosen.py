@@ -16,6 +16,7 @@ from vllmd.models.places import is_directory, present
 
 _VERSION = re.compile(r"[0-9a-f]{6,64}")
 LIST = "vllmctl store list shows what is"
+_SHOWN = 1000
 
 
 @contextmanager
@@ -84,4 +85,6 @@ def only(items: list[Item], name: str) -> Item:
 
 
 def shown(text: str) -> str:
-    return printable(text)[:200]
+    """For a line of a terminal. A long one keeps its end: of a path that is the file's name."""
+    text = printable(text)
+    return text if len(text) <= _SHOWN else "..." + text[3 - _SHOWN :]
