@@ -188,7 +188,7 @@ class Instance:
     def signal(self, number: int) -> None:
         os.kill(self.pid, number)
 
-    def wait_exit(self, timeout_s: float = 30.0) -> int:
+    def wait_exit(self, timeout_s: float = 60.0) -> int:
         assert self.daemon is not None
         try:
             status = self.daemon.wait(timeout_s)
@@ -203,7 +203,7 @@ class Instance:
         assert found is not None, f"no such message\n{self.describe()}"
         return found
 
-    def wait_ready(self, timeout_s: float = 30.0) -> Message:
+    def wait_ready(self, timeout_s: float = 60.0) -> Message:
         ready = self.wait_notify(lambda message: message.get("READY") == "1", timeout_s)
         self._litter |= set().union(*map(procs.shared_memory_of, self.engine_pids()))
         return ready

@@ -44,7 +44,7 @@ def test_an_exit_while_starting_is_a_failure_with_its_cause(exit_code: str) -> N
 
 
 def test_exit_status_0_of_a_ready_engine_is_a_failure() -> None:
-    with quick({"FAKE_EXIT_READY": "0@0.3"}) as instance:
+    with quick({"FAKE_EXIT_READY": "0@3"}) as instance:
         error = ends(instance, 70, "engine_exited", ready=True)
         assert "exit status 0" in error["what"]
 
@@ -85,7 +85,7 @@ def test_the_death_of_the_engine_core_and_then_exit_0_is_a_failure() -> None:
 
 @pytest.mark.parametrize(
     ("fake", "said"),
-    [({"FAKE_HEALTH": "503@0.3"}, "3 times in a row 503"), ({"FAKE_LISTEN": "close@0.3"}, "the listener is gone")],
+    [({"FAKE_HEALTH": "503@2"}, "3 times in a row 503"), ({"FAKE_LISTEN": "close@0.3"}, "the listener is gone")],
     ids=["503", "listener closed"],
 )
 def test_three_explicit_refusals_end_an_engine_that_lives(fake: Mapping[str, str], said: str) -> None:
@@ -94,7 +94,7 @@ def test_three_explicit_refusals_end_an_engine_that_lives(fake: Mapping[str, str
 
 
 def test_the_number_of_refusals_is_a_setting() -> None:
-    with quick({"FAKE_HEALTH": "503@0.3"}, {"watch": {"failures": 5}}) as instance:
+    with quick({"FAKE_HEALTH": "503@2"}, {"watch": {"failures": 5}}) as instance:
         assert "5 times" in ends(instance, 70, "engine_unhealthy", ready=True)["what"]
 
 
@@ -112,7 +112,7 @@ def test_an_answer_that_does_not_come_never_ends_an_instance() -> None:
 
 
 def test_other_bad_answers_never_end_an_instance() -> None:
-    with quick({"FAKE_HEALTH": "500@0.1"}, {"watch": {"interval_s": 0.05}}) as instance:
+    with quick({"FAKE_HEALTH": "500@2"}, {"watch": {"interval_s": 0.05}}) as instance:
         instance.wait_ready()
         watch_for(1, instance, lambda: instance.daemon and instance.daemon.poll() is None)
         assert instance.status()["state"] == "ready"
@@ -135,7 +135,7 @@ def test_a_full_backlog_is_busy_and_not_dead() -> None:
 def test_the_verdict_is_told_before_the_teardown_and_stays_the_reason() -> None:
     """STOPPING=1 comes first: a teardown longer than WatchdogSec= would end in SIGABRT and status 1. The exit by SIGKILL
     that follows is our own doing, and no second failure."""
-    with quick({"FAKE_HEALTH": "503@0.2", "FAKE_STRAY": "ignore"}) as instance:
+    with quick({"FAKE_HEALTH": "503@2", "FAKE_STRAY": "ignore"}) as instance:
         instance.wait_ready()
         instance.wait_notify(lambda message: message.get("STOPPING") == "1")
         ends(instance, 70, "engine_unhealthy", ready=True)

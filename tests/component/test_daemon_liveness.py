@@ -98,7 +98,7 @@ def test_a_burst_of_requests_is_no_hang_and_gets_no_proof_of_life() -> None:
         assert metric(instance, "vllm:prompt_tokens_total") == prompted + 256 * one, "a prompt of somebody else came in"
 
 
-@pytest.mark.parametrize(("front", "ends_it"), [("busy@0.5", False), ("stuck@0.5", True)])
+@pytest.mark.parametrize(("front", "ends_it"), [("busy@2", False), ("stuck@2", True)])
 def test_a_server_that_answers_nobody_is_hung_only_where_it_does_not_compute(front: str, ends_it: bool) -> None:
     with hasty({"FAKE_FRONT": front}, canary_interval_s=0) as instance:
         instance.wait_ready()
@@ -109,7 +109,7 @@ def test_a_server_that_answers_nobody_is_hung_only_where_it_does_not_compute(fro
 
 
 def test_a_server_that_computes_for_ever_is_hung_in_the_end() -> None:
-    with hasty({"FAKE_FRONT": "busy@0.3"}, canary_interval_s=0, silent_timeout_s=3) as instance:
+    with hasty({"FAKE_FRONT": "busy@2"}, canary_interval_s=0, silent_timeout_s=3) as instance:
         instance.wait_ready()
         assert "computes all the while" in ends(instance, 75, "engine_hung", ready=True)["what"]
 
@@ -159,7 +159,7 @@ def test_a_dead_rank_that_is_idle_is_found_by_a_proof_of_life_of_its_own() -> No
 
 
 def test_server_errors_end_it_only_after_several_in_a_row() -> None:
-    with hasty({"FAKE_COMPLETIONS": "500@0.5"}, failures=2) as instance:
+    with hasty({"FAKE_COMPLETIONS": "500@2"}, failures=2) as instance:
         instance.wait_ready()
         error = ends(instance, 70, "engine_unhealthy", ready=True)
         assert "2 proofs of life in a row" in error["what"]
@@ -168,7 +168,7 @@ def test_server_errors_end_it_only_after_several_in_a_row() -> None:
 
 
 def test_a_proof_of_life_that_is_refused_ends_nothing() -> None:
-    with hasty({"FAKE_COMPLETIONS": "400@0.5"}, failures=1) as instance:
+    with hasty({"FAKE_COMPLETIONS": "400@2"}, failures=1) as instance:
         instance.wait_ready()
         procs.wait_until("two refusals", lambda: len(canaries(instance)) >= 2)
         assert lives(instance)

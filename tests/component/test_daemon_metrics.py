@@ -176,7 +176,7 @@ def test_a_textfile_is_whole_at_every_moment_and_gone_at_the_end(tmp_path: Path)
 
 
 def test_a_textfile_is_removed_also_after_a_failure(tmp_path: Path) -> None:
-    with quick({"FAKE_EXIT_READY": "7@0.3"}, textfile(tmp_path)) as instance:
+    with quick({"FAKE_EXIT_READY": "7@3"}, textfile(tmp_path)) as instance:
         procs.wait_until("the file", (tmp_path / "vllmd-demo.prom").exists, 10)
         ends(instance, 70, "engine_exited", ready=True)
         assert list(tmp_path.iterdir()) == []
@@ -201,7 +201,7 @@ def counted(instance: Instance, metric: str) -> list[str]:
 
 
 def test_failures_are_counted_over_lives() -> None:
-    with quick({"FAKE_EXIT_READY": "7@0.1"}) as instance:
+    with quick({"FAKE_EXIT_READY": "7@3"}) as instance:
         ends(instance, 70, "engine_exited", ready=True)
         instance.config["engine"]["env"].pop("FAKE_EXIT_READY")
         instance.write_config()

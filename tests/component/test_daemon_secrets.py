@@ -73,7 +73,7 @@ def seen_in_files(instance: Instance, how: str) -> Iterator[str]:
 
 
 def test_a_key_that_the_engine_itself_prints_is_taken_out() -> None:
-    with keyed("file", {"FAKE_EXIT_READY": "1@0.2", "FAKE_ERROR": f"ValueError: bad key {KEY} given"}) as instance:
+    with keyed("file", {"FAKE_EXIT_READY": "1@3", "FAKE_ERROR": f"ValueError: bad key {KEY} given"}) as instance:
         error = ends(instance, 70, "engine_exited", ready=True)
         assert "bad key" in error["what"]
         assert not list(seen_in_files(instance, "file"))
@@ -82,7 +82,7 @@ def test_a_key_that_the_engine_itself_prints_is_taken_out() -> None:
 def test_secrets_of_flags_and_of_our_own_environment_are_taken_out_as_well() -> None:
     """The engine's command knows none of them by name: a flag that is passed through, and the hub's token that the download uses."""
     flag, token = "a-token-in-a-flag-0815", "a-token-of-the-hub-4711"
-    fake = {"FAKE_EXIT_READY": "1@0.2", "FAKE_ERROR": f"ValueError: neither {flag} nor {token}"}
+    fake = {"FAKE_EXIT_READY": "1@3", "FAKE_ERROR": f"ValueError: neither {flag} nor {token}"}
     with quick(fake, {"engine": {"args": {"hf-token": flag}}}, env={"HF_TOKEN": token}) as instance:
         assert "neither" in ends(instance, 70, "engine_exited", ready=True)["what"]
         for path in [*instance.state.rglob("*"), *instance.root.glob("demo.*")]:

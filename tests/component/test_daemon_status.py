@@ -104,7 +104,7 @@ def test_metrics_are_prometheus_text() -> None:
 
 
 def test_a_failure_is_in_status_json_with_code_what_and_hint() -> None:
-    with quick({"FAKE_EXIT_READY": "7@0.2"}) as instance:
+    with quick({"FAKE_EXIT_READY": "7@3"}) as instance:
         ends(instance, 70, "engine_exited", ready=True)
         error = instance.status_json()["error"]
         assert error["code"] == "engine_exited"
@@ -150,7 +150,7 @@ def test_a_reload_applies_what_can_be_and_names_what_needs_a_restart() -> None:
 
 
 def test_a_shorter_interval_of_the_watch_applies_at_once() -> None:
-    with quick({"FAKE_HEALTH": "503@0.1"}, {"watch": {"interval_s": 60}}) as instance:
+    with quick({"FAKE_HEALTH": "503@2"}, {"watch": {"interval_s": 60}}) as instance:
         instance.wait_ready()
         instance.config = merged(instance.config, {"watch": {"interval_s": 0.1}})
         reload(instance, "applied: watch.interval_s")
@@ -250,5 +250,5 @@ def run(work):
     return status
 asyncio.run = run
 """
-    with Tampered.quick(late, fake={"FAKE_EXIT_READY": "1@0.2"}) as instance:
+    with Tampered.quick(late, fake={"FAKE_EXIT_READY": "1@3"}) as instance:
         ends(instance, 70, "engine_exited", ready=True)

@@ -79,7 +79,7 @@ def spawned(instance: Instance) -> float:
 
 STALLS: Mapping[str, Any] = {"start": {"stall_timeout_s": 1.0, "start_timeout_s": 3.0}}
 FAULTS = {
-    "exit 0 by itself": Fault(70, "engine_exited", SLACK_S, {"FAKE_EXIT_READY": "0@0.5"}, provoke=exits_by_itself),
+    "exit 0 by itself": Fault(70, "engine_exited", SLACK_S, {"FAKE_EXIT_READY": "0@3"}, provoke=exits_by_itself),
     "SIGKILL of the API server": Fault(70, "engine_exited", SLACK_S, provoke=kill("vllm")),
     "never binds": Fault(75, "", 3 + SLACK_S, {"FAKE_BIND": "never"}, STALLS, spawned, ready=False),
     "binds, never listens": Fault(75, "", 3 + SLACK_S, {"FAKE_LISTEN": "never"}, STALLS, spawned, ready=False),
