@@ -34,11 +34,13 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
     from vllmd.instance import record
     from vllmd.system.journal import open_journal
     from vllmd.system.notify import Notifier
+    from vllmd.system.priority import prefer_us
 
     check_instance_name(options.name)  # before anything is written under that name
     notifier = Notifier.from_environ(os.environ)
     environ = _environ()
     journal = open_journal(os.environ, {"VLLMD_INSTANCE": options.name})
+    prefer_us()
     try:
         prepared = stages.prepare(options.name, paths, environ, options.overrides)
         return asyncio.run(Daemon(prepared, notifier, journal).run())

@@ -15,6 +15,7 @@ from tests import procs
 from tests.component.daemons import Tampered, assert_nothing_left, ends, hold, quick, stop
 from tests.harness import MARK, Instance
 from vllmd.system.host import boot_id, start_time
+from vllmd.system.priority import WATCHING_NICE
 
 pytestmark = pytest.mark.component
 
@@ -43,6 +44,26 @@ def test_a_child_without_its_environment_is_found_by_its_control_group() -> None
     with quick({"FAKE_STRAY": f"{HIDING},env"}, cgroup=True) as instance:
         instance.wait_ready()
         assert [process for process in instance.engine() if process.comm == "innocent"]
+        stop(instance)
+
+
+def test_who_watches_goes_before_who_computes() -> None:
+    """Beside the threads of a vLLM on CPUs a verdict came two seconds late. Who may not, is not refused for it."""
+    with quick() as instance:
+        instance.wait_ready()
+        assert os.getpriority(os.PRIO_PROCESS, instance.pid) == (0 if os.geteuid() else WATCHING_NICE)
+        assert {os.getpriority(os.PRIO_PROCESS, pid) for pid in instance.engine_pids()} == {0}
+        stop(instance)
+
+
+def test_a_download_does_not_go_before_who_computes() -> None:
+    gate = hold(instance := quick(), "resolve")
+    with instance:
+        instance.wait_state("resolving")
+        [resolver] = procs.wait_until("the resolver", lambda: [p for p in children(instance) if "vllmd.models.fetch" in p.cmdline])
+        procs.wait_until("its priority", lambda: os.getpriority(os.PRIO_PROCESS, resolver.pid) == 0)
+        gate.touch()
+        instance.wait_ready()
         stop(instance)
 
 

@@ -13,9 +13,11 @@ import threading
 from vllmd.errors import UsageError, VllmdError
 from vllmd.models import wire
 from vllmd.models.resolve import resolve_patiently
+from vllmd.system.priority import as_others
 
 
 def main() -> int:
+    as_others()
     line = sys.stdin.buffer.readline(wire.MAX_REQUEST_BYTES)
     if not line.endswith(b"\n"):
         return 0  # the daemon ended before it asked

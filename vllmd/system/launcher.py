@@ -67,6 +67,8 @@ def clean_process(link: int, spec: dict[str, object]) -> None:
     for number in signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}:
         signal.signal(number, signal.SIG_DFL)  # Python ignores SIGPIPE and SIGXFSZ, and ignoring outlives exec
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    if os.getpriority(os.PRIO_PROCESS, 0) < 0:
+        os.setpriority(os.PRIO_PROCESS, 0, 0)  # who watches goes before who computes: system/priority
     os.umask(int(str(spec["umask"])))
     os.set_inheritable(link, False)  # noqa: FBT003
     close_others(link)
