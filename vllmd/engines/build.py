@@ -27,6 +27,7 @@ _PYTHON_PROBE = "import sys, venv, ensurepip; print(*sys.version_info[:2])"
 _WORTH_SAYING = re.compile(
     r"^\s*(Collecting|Downloading .*\((\d{2,} MB|\d+(\.\d+)? GB)|Installing collected|Successfully (un)?installed|ERROR|Building)"
 )
+_INTERRUPTS = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
 _PR_SET_PDEATHSIG = 1
 _LINE_LIMIT = 110
 _INSPECTOR = Path(__file__).with_name("vllm_inspect.py")
@@ -176,8 +177,16 @@ def _run(command: Sequence[str], say: Say, failure: str) -> None:
         "text": True,
         "errors": "replace",
     }
-    with subprocess.Popen(command, **streams, env=_clean_environment(), preexec_fn=_die_with_parent) as child:
+    # An exception of a signal's handler that comes while Python forks is printed and lost, and Ctrl-C would have done nothing.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        child = subprocess.Popen(command, **streams, env=_clean_environment(), preexec_fn=_die_with_parent)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        raise
+    with child:
         try:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             assert child.stdout is not None
             for line in child.stdout:
                 last.append(line.rstrip())
@@ -192,6 +201,7 @@ def _run(command: Sequence[str], say: Say, failure: str) -> None:
 
 def _die_with_parent() -> None:
     """A pip that outlives a killed installer would write into a directory that the next installation sweeps."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
