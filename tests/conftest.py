@@ -13,9 +13,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 from tests import matrix, procs
+
+# Shared machines stand still now and then; how fast something is, make bench says.
+hypothesis.settings.register_profile("vllmd", deadline=None)
+hypothesis.settings.load_profile("vllmd")
 
 ALONE = ("alone", "system", "engine")
 """Markers of tests that need the machine for themselves."""

@@ -157,7 +157,7 @@ def test_damaged_manifest_is_made_anew_with_a_warning(check: Check, model: Path)
 
 
 @given(st.binary(max_size=300))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_manifest_cut_anywhere_is_no_traceback(check: Check, model: Path, noise: bytes) -> None:
     check(FULL)
     whole = check.manifest.read_bytes()

@@ -84,7 +84,7 @@ def read_all(data: bytes) -> dict[str, bytes]:
 NAMES = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), min_size=1, max_size=300).filter(lambda name: not name.endswith("/"))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.dictionaries(NAMES, st.binary(max_size=3000), max_size=5))
 def test_what_is_written_is_read_by_us_and_by_tar(files: dict[str, bytes]) -> None:
     data = b"".join(header(name, len(content)) + content + padding(len(content)) for name, content in files.items()) + END
@@ -93,14 +93,14 @@ def test_what_is_written_is_read_by_us_and_by_tar(files: dict[str, bytes]) -> No
         assert [member.size for member in tar] == [len(content) for content in files.values()]
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.binary(max_size=4000))
 def test_noise_is_damage_and_nothing_else(data: bytes) -> None:
     with contextlib.suppress(TarDamaged):
         read_all(data)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_damaged_archive_is_damage_or_other_files_and_nothing_else(data: st.DataObject) -> None:
     whole = bytearray(header("a" * 150, 700) + bytes(700) + padding(700) + header("b", 1 << 35) + END)

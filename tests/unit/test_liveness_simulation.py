@@ -65,7 +65,7 @@ def test_an_engine_that_sleeps_for_hours_is_none() -> None:
     assert simulation.readings < 16000
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), rank=st.integers(0, 3), after=st.floats(6, 200))
 def test_a_hang_under_load_is_found_within_its_bound(seed: int, rank: int, after: float) -> None:
     """Counted from the last heartbeat, whatever the other ranks do."""
@@ -85,7 +85,7 @@ def test_a_hang_under_load_is_found_within_its_bound(seed: int, rank: int, after
     assert LIMITS.hang_s <= at - last + step <= LIMITS.hang_s + SLACK_S + step
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(seed=st.integers(0, 10_000), after=st.floats(1, 2000))
 def test_a_hang_that_begins_idle_is_found_within_its_bound(seed: int, after: float) -> None:
     random = Random(seed)
@@ -101,7 +101,7 @@ def test_a_hang_that_begins_idle_is_found_within_its_bound(seed: int, after: flo
 
 
 @pytest.mark.parametrize("busy", [True, False])
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(began=st.floats(50, 250))
 def test_a_server_that_stops_is_found_within_its_bound(busy: bool, began: float) -> None:
     world = World(bursts=[[Burst(10, 5000, 3, 0.1)] if busy else []], blocks=[Span(began, NEVER, cores=0.01)])

@@ -100,7 +100,7 @@ FIELDS = st.fixed_dictionaries({}, optional=dict.fromkeys((*gpu(), "uuid"), JSON
 DOCUMENTS = JSON | st.fixed_dictionaries({}, optional={"at": JSON, "stuck_in": JSON, "driver_version": JSON, "gpus": JSON | st.lists(JSON | FIELDS | FIELDS.map(lambda more: gpu(**more)), max_size=3)})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(DOCUMENTS)
 def test_a_snapshot_that_is_nonsense_is_shown_without_its_nonsense(tmp_path_factory: pytest.TempPathFactory, document: Any) -> None:
     """One sample given twice, or one that is no number, and Prometheus takes none of them."""

@@ -21,7 +21,7 @@ from vllmd.models import contents, safetensors, sums, wire
 pytestmark = pytest.mark.unit
 
 NAMES = ("env", "safetensors", "gguf", "index", "contents", "manifest", "sums", "events", "journal", "ref")
-QUICK = settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+QUICK = settings(max_examples=150, suppress_health_check=list(HealthCheck))
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=9), inner, max_size=4),
