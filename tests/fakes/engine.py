@@ -16,7 +16,7 @@ S are seconds (fractions allowed), counted from the start of the process or, wit
 | FAKE_PROGRESS | strong, cpu, lines, none | while loading: percentages, a CPU that burns, a line every FAKE_LINE_S, nothing |
 | FAKE_LINE_S | 60 | interval of the lines of FAKE_PROGRESS=lines |
 | FAKE_FAIL_S | 0.05 | delay of an exit for a bad flag, a port in use, a missing model |
-| FAKE_EXIT, FAKE_EXIT_READY | CODE@S | exits with CODE after S (its children live on, as after a SIGKILL) |
+| FAKE_EXIT, FAKE_EXIT_READY | CODE@S | exits with CODE after S (its children live on, as after a SIGKILL); READY: a test that wants READY told first gives it a second |
 | FAKE_ERROR | text | printed as an error line of EngineCore just before such an exit |
 | FAKE_FAIL_FIRST | N:FILE | the first N starts exit with 1 while loading; FILE counts them |
 | FAKE_BIND | early, never | never: binds no port, and so never listens |

@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -174,6 +173,8 @@ def read(path: Path, *, allow: Callable[[str], bool] = _everything) -> dict[str,
 def write(path: Path, mapping: Mapping[str, str], comment: str = "") -> None:
     """Replace the file at `path` by one of mode 0600, atomically; a reader sees the old text or the new one."""
     data = render(mapping, comment).encode("utf-8", "surrogateescape")
+    import tempfile  # brings random and hashlib, which nobody else needs so early
+
     fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
     try:

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
-from vllmd.core.faults import Signs
 from vllmd.core.plan import Command, Endpoint, Installed
-from vllmd.core.pulse import Outcome, Rank
 from vllmd.errors import ConfigError
+
+if TYPE_CHECKING:  # only the watch needs them: 20 ms of every command otherwise
+    from vllmd.core.faults import Signs
+    from vllmd.core.pulse import Outcome, Rank
 
 
 class SettingRefused(ConfigError):
@@ -148,7 +150,8 @@ class Beating(Protocol):
 class Diagnosing(Protocol):
     """An engine whose own words tell why it failed."""
 
-    signs: Signs
+    @property
+    def signs(self) -> Signs: ...
 
     def compile_caches(self, context: Context) -> tuple[Path, ...]:
         """Directories of compiled code below paths.cache, which it makes again when they are gone."""

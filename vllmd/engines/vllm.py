@@ -8,7 +8,7 @@ import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
@@ -18,9 +18,7 @@ from vllmd.engines import (
     record,
     vllm_check,
     vllm_config_file,
-    vllm_faults,
     vllm_flags,
-    vllm_heartbeat,
     vllm_host,
     vllm_logs,
     vllm_proof,
@@ -28,8 +26,11 @@ from vllmd.engines import (
     vllm_tokenizer,
     vllm_tuning,
 )
-from vllmd.engines.protocol import Context, LogFact, ProofRequest, SettingRefused
+from vllmd.engines.protocol import Context, LogFact, ProofRequest, Reading, SettingRefused
 from vllmd.errors import ConfigError, PermissionMissing
+
+if TYPE_CHECKING:
+    from vllmd.core.faults import Signs
 
 _DEFAULT_MEMORY_FRACTION = 0.92
 """vLLM's own --gpu-memory-utilization (0.32; it was 0.9 before)."""
@@ -41,10 +42,19 @@ class Vllm:
     health_path = "/health"
     phases: Sequence[str] = vllm_logs.PHASES
     artifact = "huggingface"
-    signs = vllm_faults.SIGNS
     heartbeat_path = "/metrics"
-    heartbeat_limit_bytes = vllm_heartbeat.LIMIT_BYTES
-    excuses: Sequence[str] = vllm_heartbeat.EXCUSES
+    heartbeat_limit_bytes = 16 << 20
+    """A vLLM with 16 ranks answers about 2 MB."""
+    excuses: Sequence[str] = ("/is_paused", "/is_sleeping")
+    """In dev mode only. Whoever trains with it pauses it for as long as new weights take, with requests in flight; the scheduler answers."""
+
+    # What only the watch needs is imported when it asks: a command that looks up a model should not wait for it.
+
+    @property
+    def signs(self) -> Signs:
+        from vllmd.engines.vllm_faults import SIGNS
+
+        return SIGNS
 
     def installed(self, config: Config, paths: Paths, environ: Mapping[str, str]) -> Installed:
         return record.describe(_executable(config, paths, environ))
@@ -110,11 +120,15 @@ class Vllm:
     def read_line(self, line: str) -> LogFact:
         return vllm_logs.read_line(line)
 
-    def heartbeat(self) -> vllm_heartbeat.Reading:
-        return vllm_heartbeat.Reading()
+    def heartbeat(self) -> Reading:
+        from vllmd.engines.vllm_heartbeat import Reading
+
+        return Reading()
 
     def addressed(self, request: ProofRequest, rank: str) -> ProofRequest:
-        return vllm_heartbeat.addressed(request, rank)
+        from vllmd.engines.vllm_heartbeat import addressed
+
+        return addressed(request, rank)
 
 
 def served_name(config: Config) -> str:

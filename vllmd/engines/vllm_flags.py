@@ -6,7 +6,6 @@ for a JSON value, --x.key; booleans also as --no-x. A guard that compares string
 
 from __future__ import annotations
 
-import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -78,6 +77,8 @@ def unknown(spelling: str, installed: Installed) -> str:
     name = canonical(spelling, installed.flags)
     if not installed.flags or name in installed.flags or name in SHORT.values():
         return ""
+    import difflib
+
     close = difflib.get_close_matches(name, installed.flags, n=1)
     return f"did you mean {close[0]}?" if close else f"`{installed.executable} serve --help=all` lists what it has"
 

@@ -14,12 +14,7 @@ from dataclasses import replace
 from vllmd.core.pulse import Outcome, Rank
 from vllmd.engines.protocol import ProofRequest
 
-LIMIT_BYTES = 16 << 20
-"""A vLLM with 16 ranks answers about 2 MB."""
 LINE_MAX_BYTES = 64 << 10
-
-EXCUSES = ("/is_paused", "/is_sleeping")
-"""In dev mode only. Whoever trains with it pauses it for as long as new weights take, with requests in flight; the scheduler answers."""
 
 _BEATS = "iteration_tokens_total_count"
 _OTHERS = ("generation_tokens_total", "prompt_tokens_total", "kv_cache_usage_perc", "prefix_cache_queries_total", "num_preemptions_total")

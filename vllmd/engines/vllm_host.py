@@ -6,7 +6,6 @@ goes on for 25 s and ends with "'_OpNamespace' '_C' object has no attribute 'ini
 
 from __future__ import annotations
 
-import ctypes
 import re
 from pathlib import Path
 
@@ -43,6 +42,8 @@ def _refuse_other_python(directory: Path) -> None:
 
 def _refuse_without_numa() -> None:
     try:
+        import ctypes
+
         ctypes.CDLL(_NUMA)
     except OSError:
         raise ConfigError(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import math
-import wave
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -101,6 +100,8 @@ _BUILDERS: Mapping[str, Builder] = {
 
 def _silence(*, seconds: int) -> bytes:
     stream = io.BytesIO()
+    import wave
+
     with wave.open(stream, "wb") as out:
         out.setnchannels(1)
         out.setsampwidth(2)

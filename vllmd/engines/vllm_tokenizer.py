@@ -11,7 +11,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +86,8 @@ def _shadow(directory: Path, text: str, folder: Path) -> Path:
     links = {entry.name: str(entry) for entry in directory.iterdir() if entry.name != CONFIG}
     if not _is_intact(target, links, text):
         folder.mkdir(mode=0o755, exist_ok=True, parents=True)
+        import tempfile
+
         making = Path(tempfile.mkdtemp(prefix=f".{model}-", dir=folder))
         try:
             _fill(making, links, text)

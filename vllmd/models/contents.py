@@ -12,11 +12,13 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vllmd.models.inventory import invalid, is_plain
-from vllmd.models.remote import Listing
 from vllmd.system.files import read_small, write_atomic
+
+if TYPE_CHECKING:
+    from vllmd.models.remote import Listing
 
 FILE = ".vllmd-manifest.json"
 LIMIT_BYTES = 64 << 20

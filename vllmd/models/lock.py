@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import socket
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -219,7 +218,7 @@ def _taken(fd: int) -> bool:
 def _sign(fd: int, text: str = "") -> None:
     """Who holds it, and how far it is. Overwritten before it is cut, so that no reader finds it empty."""
     shown = "".join(char for char in text if char.isprintable())[:SAID_CHARS]
-    line = f"pid {os.getpid()} on {socket.gethostname()}{': ' if shown else ''}{shown}\n".encode()
+    line = f"pid {os.getpid()} on {os.uname().nodename}{': ' if shown else ''}{shown}\n".encode()
     try:
         os.pwrite(fd, line, 0)
         os.ftruncate(fd, len(line))

@@ -11,11 +11,13 @@ import importlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest
-from vllmd.models.remote import Listing, Transport
+
+if TYPE_CHECKING:
+    from vllmd.models.remote import Listing, Transport
 
 _REGISTRY = {
     "bundled": "vllmd.models.sources.bundled:Bundled",
