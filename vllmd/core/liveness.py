@@ -112,6 +112,7 @@ class Liveness:
 
     def _deadlines(self) -> Iterator[float]:
         if self._silence is not None and self.limits.hang_s:
+            yield self._silence.quiet_since + self.limits.hang_s - SILENT_TIMEOUT_MIN_S + FLOOR_S  # the last question ends when the time is up
             yield self._silence.quiet_since + self.limits.hang_s
         for name, pulse in self.pulses.items():
             if pulse.rank.has_work:

@@ -13,8 +13,9 @@ WATCHING_NICE = -10
 
 
 def prefer_us() -> None:
-    """This process before those that compute. Nothing where we may not: the unit then has done it (Nice=)."""
-    if _nice() > WATCHING_NICE:
+    """This process before those that compute. Nothing where we may not: the unit then has done it (Nice=). Nor where somebody
+    gave it less on purpose."""
+    if WATCHING_NICE < _nice() <= 0:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, WATCHING_NICE)
 
