@@ -65,17 +65,25 @@ def _clear(paths: Paths, token: str, *, force: bool) -> int:
     seen = _one(host, token)
     record = seen.quarantine
     if record is None:
-        sys.stdout.write(f"GPU {seen.label} is not quarantined\n")
+        is_forgotten = force and bool(seen.uuid) and _lift(paths, seen)
+        sys.stdout.write(f"GPU {seen.label} is not quarantined" + (", and what earlier boots knew of it is forgotten\n" if is_forgotten else "\n"))
         return 0
     if not force:
         _refuse_early(seen, record)
+    _lift(paths, seen)
+    sys.stdout.write(f"the quarantine of GPU {seen.label} is lifted (it was: {record.what})\n")
+    return 0
+
+
+def _lift(paths: Paths, seen: Seen) -> bool:
+    """False where there was no file of it."""
     try:
-        quarantine.clear(paths, seen.uuid)
+        return quarantine.clear(paths, seen.uuid)
+    except ValueError:  # a driver that is not NVIDIA's names its GPUs as it likes
+        return False
     except OSError as error:
         hint = "Run it as root (sudo vllmctl gpu clear ...)."
         raise PermissionMissing("permission_missing", f"cannot lift the quarantine of GPU {seen.label}: {error.strerror}", hint) from None
-    sys.stdout.write(f"the quarantine of GPU {seen.label} is lifted (it was: {record.what})\n")
-    return 0
 
 
 def _one(host: Host, token: str) -> Seen:

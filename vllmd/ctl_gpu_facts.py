@@ -76,8 +76,8 @@ class Host:
 
 def look(paths: Paths) -> Host:
     """Blocks for the driver's 45 s at most."""
-    held, banned = leases.holders(paths), quarantine.read(paths)
     said = client.read_once(paths, DRIVER_TIMEOUT_S)
+    held, banned = leases.holders(paths), quarantine.read(paths, also=_text(said, "boot_id"))
     rows = said.get("gpus")
     gpus = tuple(_seen(each, held, banned) for each in (rows if isinstance(rows, list) else [])[:_GPUS] if isinstance(each, dict))
     known = {each.uuid for each in gpus}

@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests import procs
 from tests.component.gpu_hosts import TOTAL_MIB, GpuHost, uuid
+from tests.gpu_service import GpuService
 from vllmd.config.paths import root_paths
 from vllmd.core.xids import HINTS
 from vllmd.gpu import quarantine
@@ -102,3 +104,34 @@ def test_where_a_quarantine_may_not_be_lifted_it_says_so() -> None:
         assert done.returncode == 77
         assert "Permission denied" in done.stderr
         assert "sudo" in done.stderr
+
+
+# In a container of systemd-nspawn the boot id outside of a unit's sandbox is made up, while ProtectKernelTunables= shows the kernel's.
+ANOTHER_BOOT = "import vllmd.gpu.quarantine as q, vllmd.system.host as h; q.boot_id = h.boot_id = lambda: '4346ac0c-f6a0-49f2-9190-0fa74313c65b'"
+
+
+def test_what_the_service_quarantined_in_its_own_view_of_the_boot_is_quarantined_for_vllmctl_too() -> None:
+    with GpuService(2) as service:
+        service.log.xid(79, 1)
+        procs.wait_until("the quarantine", lambda: quarantine.read(service.paths))
+        script = f"{ANOTHER_BOOT}\nimport sys; from vllmd.ctl import main; sys.exit(main())"
+
+        def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+            argv = [sys.executable, "-c", script, "--root", str(service.root), "gpu", *arguments]
+            return subprocess.run(argv, env={"PATH": os.environ["PATH"], **service.stub.environ()}, capture_output=True, text=True, timeout=60, check=False)
+
+        assert "quarantined since 20" in run().stdout
+        refused = run("clear", uuid(1))
+        assert (refused.returncode, "class reboot" in refused.stderr) == (69, True)
+        assert "is lifted" in run("clear", "--force", uuid(1)).stdout
+        assert quarantine.read_all(service.paths) == {}
+
+
+def test_what_another_boot_left_is_forgotten_by_force_alone() -> None:
+    with GpuHost(2) as host:
+        paths = root_paths(host.root)
+        quarantine.add(paths, Record(uuid(1), "reboot", 79, "Xid 79", HINTS["reboot"]), boot="0-1")
+        assert "is not quarantined" in ctl(host, "clear", uuid(1)).stdout
+        assert quarantine.read_all(paths)
+        assert "is not quarantined, and what earlier boots knew of it is forgotten" in ctl(host, "clear", "--force", uuid(1)).stdout
+        assert quarantine.read_all(paths) == {}

@@ -63,10 +63,14 @@ def folder_of(paths: Paths) -> Path:
     return paths.state / "gpus"
 
 
-def read(paths: Paths, *, boot: str | None = None) -> dict[str, Record]:
-    """Which GPUs are quarantined now. Never raises: what cannot be read quarantines nothing."""
-    now = boot_id() if boot is None else boot
-    return {uuid: record for uuid, record in read_all(paths).items() if record.cls == "replace" or record.boot_id == now}
+def read(paths: Paths, *, boot: str | None = None, also: str = "") -> dict[str, Record]:
+    """Which GPUs are quarantined now. Never raises: what cannot be read quarantines nothing.
+
+    `also`: what the host's service takes for the id of this boot. Containers of systemd-nspawn mount a made-up one over the
+    kernel's, and ProtectKernelTunables= in a unit takes it away again: vllmctl, outside of a unit, found nothing to clear.
+    """
+    now = {boot_id() if boot is None else boot, *filter(None, (also,))}
+    return {uuid: record for uuid, record in read_all(paths).items() if record.cls == "replace" or record.boot_id in now}
 
 
 def read_all(paths: Paths) -> dict[str, Record]:
