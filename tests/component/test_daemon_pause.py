@@ -142,4 +142,4 @@ def test_the_kernel_says_who_asks() -> None:
         peer = peer_of(left)
     assert (peer.pid, peer.uid) == (os.getpid(), os.getuid())
     assert {os.getgid(), *os.getgroups()} <= peer.gids
-    assert peer.is_allowed
+    assert peer.is_allowed(-1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import grp
 import os
 import socket
 import time
@@ -14,8 +15,10 @@ import pytest
 
 from vllmd.core.plan import Endpoint
 from vllmd.errors import TryLater, VllmdError
+from vllmd.system import control as control_module
 from vllmd.system.control import CONNECTIONS_MAX, ControlServer
 from vllmd.system.http import Answer, request
+from vllmd.system.peer import Peer
 
 pytestmark = pytest.mark.component
 
@@ -160,3 +163,24 @@ def test_a_long_path(tmp_path: Path) -> None:
 
     asyncio.run(scenario())
     assert os.listdir(path.parent) == []  # noqa: PTH208
+
+
+def test_who_may_post_is_asked_of_the_user_database_once_at_the_start(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The database may be a directory server that does not answer: within the loop nobody waits for it."""
+
+    async def scenario() -> None:
+        server = ControlServer(path, {}, actions={"/do": lambda _body, peer: (200, "text/plain", str(peer.gids).encode())})
+        await server.start()
+        monkeypatch.setattr(grp, "getgrnam", lambda name: pytest.fail(f"asked for {name}"))
+        monkeypatch.setattr(os, "geteuid", lambda: 4711)  # neither root nor our own user: the group decides
+        monkeypatch.setattr(control_module, "peer_of", lambda _link: Peer(1, 4712, frozenset({99})))
+        monkeypatch.setattr(server, "_admins", 99)
+        assert (await get(path, "/do", "POST")).status == 200
+        monkeypatch.setattr(server, "_admins", 98)
+        assert (await get(path, "/do", "POST")).status == 403
+        monkeypatch.setattr(server, "_admins", -1)
+        assert (await get(path, "/do", "POST")).status == 403
+        monkeypatch.undo()
+        await server.close()
+
+    asyncio.run(scenario())

@@ -110,11 +110,14 @@ class ControlServer(HttpServer):
         self.path = path
         self._actions = actions or {}
         self._inode = 0
+        self._admins = -1
+        """The group's number, asked once: the user database may be a server that does not answer."""
 
     async def start(self) -> None:
         """Listen. TryLater when another supervisor answers there; PermissionMissing, StorageFailed."""
         try:
-            listener = _listen(self.path)
+            self._admins = group_id(ADMINS)
+            listener = _listen(self.path, self._admins)
             self._inode = self.path.lstat().st_ino
         except OSError as error:
             raise storage_error(error, f"listen on {self.path}") from error
@@ -127,7 +130,7 @@ class ControlServer(HttpServer):
         if method != b"POST":
             return 405, "text/plain", b"only POST\n"
         peer = peer_of(writer.get_extra_info("socket"))
-        if not peer.is_allowed:
+        if not peer.is_allowed(self._admins):
             return 403, "text/plain", f"only root, the service's own user and the group {ADMINS} may do this\n".encode()
         return action(content, peer)
 
@@ -195,14 +198,14 @@ def _response(connection: h11.Connection, status: int, kind: str, body: bytes) -
     return sent + (connection.send(h11.Data(data=body)) or b"") + (connection.send(h11.EndOfMessage()) or b"")
 
 
-def _listen(path: Path) -> socket.socket:
+def _listen(path: Path, admins: int) -> socket.socket:
     _remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
     try:
         with short(path) as name:
             listener.bind(name)
             os.chmod(path, 0o660)  # noqa: PTH101 - before listen: until then nobody can connect
-            if (admins := group_id(ADMINS)) >= 0:
+            if admins >= 0:
                 with contextlib.suppress(OSError):  # a user that is not in the group may not give it away
                     os.chown(path, -1, admins)
         listener.listen(CONNECTIONS_MAX)
