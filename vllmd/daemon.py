@@ -30,7 +30,6 @@ from vllmd.instance.judging import Judge
 from vllmd.instance.locking import InstanceLock
 from vllmd.instance.metric_samples import Facts
 from vllmd.instance.pausing import PAUSABLE, Pausing
-from vllmd.instance.publishing import Publisher
 from vllmd.instance.resolving import resolve
 from vllmd.instance.vitals import Vitals
 from vllmd.instance.watching import Watch
@@ -41,6 +40,7 @@ from vllmd.stages import Prepared
 from vllmd.system.cgroup import choose_family
 from vllmd.system.journal import Journal
 from vllmd.system.notify import Notifier, NullNotifier
+from vllmd.system.publishing import Publisher
 from vllmd.system.terminal import Stderr
 from vllmd.system.threads import in_thread, keep_spare
 
@@ -102,7 +102,7 @@ class Daemon:
         with InstanceLock(self.prepared.paths, self.prepared.instance):
             figures = metrics.route(self.facts)
             control = await serve_control(self.board, figures, self.pausing)
-            publisher = self._publisher = Publisher(self.prepared.instance, figures, self.journal)
+            publisher = self._publisher = Publisher(f"vllmd-{self.prepared.instance}.prom", figures, self.journal)
             publisher.apply(self.config.metrics)
             self._task("ticks", self._ticks())
             self._task("causes", self._remember())

@@ -75,7 +75,7 @@ def gpu_watch(options: argparse.Namespace, paths: Paths) -> int:
     journal = open_journal(os.environ, {})
     config = loaded.config
     try:
-        asyncio.run(Host(paths, config.gpu_watch, config.watch.observe, notifier=notifier, journal=journal, sources=sources).run())
+        asyncio.run(Host(paths, config.gpu_watch, config.watch.observe, notifier=notifier, journal=journal, sources=sources, metrics=config.metrics).run())
     except VllmdError as error:
         notifier.status(f"Failed: {error.what}")
         raise

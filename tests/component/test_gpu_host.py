@@ -7,11 +7,12 @@ import os
 import signal
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import procs
+from tests import procs, promtool
 from tests.fakes.nvml import pci, uuid
 from tests.gpu_service import GpuService
 from vllmd.core import xids
@@ -28,6 +29,19 @@ def has_gpus(document: dict[str, Any]) -> bool:
 
 def quarantined(service: GpuService) -> dict[str, Record]:
     return quarantine.read(service.paths)
+
+
+def test_the_figures_are_a_textfile_too_and_show_the_quarantine_without_an_instance(tmp_path: Path) -> None:
+    folder = tmp_path / "metrics"
+    with GpuService(2, env={"VLLMD_METRICS_TEXTFILE": str(folder), "VLLMD_METRICS_INTERVAL_S": "0.1"}) as service:
+        service.listen().snapshot(has_gpus)
+        service.log.xid(79, 1)
+        [file] = procs.wait_until("the file", lambda: list(folder.glob("*.prom")) if folder.exists() else [])
+        row = f'vllmd_gpu_watch_quarantined{{gpu="{uuid(1)}",class="reboot"}} 1'
+        procs.wait_until("the quarantine in it", lambda: row in file.read_text().splitlines())
+        assert promtool.run("check", "metrics", stdin=file.read_text()).stdout == ""
+        service.stop()
+        assert list(folder.iterdir()) == []
 
 
 def test_the_document_is_what_the_driver_says() -> None:

@@ -109,6 +109,7 @@ CASES = (
         {f'vllmd_gpu_quarantined{{{G},name="a"}}': "1x20", f'vllmd_gpu_quarantined{{{G},name="b"}}': "1x20"},
         {f'vllmd_gpu_quarantined{{{G},name="a"}}': "0x20"},
     ),
+    Case("VllmdGpuQuarantined", 5, {f'vllmd_gpu_watch_quarantined{{{G},class="reboot"}}': "1x20"}, {f'vllmd_gpu_watch_quarantined{{{G},class="reboot"}}': "0x20"}),
     Case("VllmdGpuSick", 5, {f'vllmd_gpu_verdict{{{G},name="a",class="reset"}}': "1x20"}, {f'vllmd_gpu_verdict{{{G},name="a",class="warn"}}': "1x20"}),
     Case("VllmdGpuHot", 10, {f'vllmd_gpu_temperature_celsius{{{G},name="a"}}': "92x20"}, {f'vllmd_gpu_temperature_celsius{{{G},name="a"}}': "80x20"}),
     Case(

@@ -24,6 +24,8 @@ ALERTS = SHARE / "prometheus/alerts.yaml"
 RULES: list[dict[str, Any]] = [rule for group in yaml.safe_load(ALERTS.read_text())["groups"] for rule in group["rules"]]
 DASHBOARD: dict[str, Any] = json.loads(dashboard.PATH.read_text())
 FROM_PROMETHEUS = {"up": {"job", "instance", "name"}, "node_textfile_mtime_seconds": {"file"}}
+GPU_WATCH = {"vllmd_gpu_watch_quarantined": {"gpu", "class"}}
+"""As tests/component/test_gpu_host.py sees it told."""
 TARGET_LABELS = {"name", "instance", "job"}
 _NAME = re.compile(r'(?<![\w:".$])((?:vllmd_|vllm:|http_|node_|up\b)[\w:]*)(?:\{([^}]*)\})?')
 _MATCHER = re.compile(r"([a-zA-Z_]\w*)\s*(?:=~|!~|!=|=)")
@@ -64,7 +66,7 @@ def test_promtool_finds_the_scrape_configuration_valid(tmp_path: Path) -> None:
 
 
 def test_every_metric_and_label_that_is_asked_for_is_told_by_somebody(tmp_path: Path) -> None:
-    told = {**names(ours(tmp_path)), **names(VLLM.read_text()), **FROM_PROMETHEUS}
+    told = {**names(ours(tmp_path)), **names(VLLM.read_text()), **FROM_PROMETHEUS, **GPU_WATCH}
     for where, expression in expressions():
         found = _NAME.findall(expression)
         assert found, where
@@ -75,7 +77,7 @@ def test_every_metric_and_label_that_is_asked_for_is_told_by_somebody(tmp_path: 
 
 
 def test_every_label_that_is_grouped_by_or_shown_is_told(tmp_path: Path) -> None:
-    told = {**names(ours(tmp_path)), **names(VLLM.read_text()), **FROM_PROMETHEUS}
+    told = {**names(ours(tmp_path)), **names(VLLM.read_text()), **FROM_PROMETHEUS, **GPU_WATCH}
     for where, expression in expressions():
         labels = set().union(*(told[name] for name, _ in _NAME.findall(expression))) | TARGET_LABELS
         grouped = {label.strip() for listed in re.findall(r"\b(?:by|on|group_left) \(([^)]*)\)", expression) for label in listed.split(",")}

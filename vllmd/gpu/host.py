@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.config.paths import Paths
-from vllmd.config.settings import GpuWatch
+from vllmd.config.settings import GpuWatch, Metrics
 from vllmd.core.gpu_findings import QUARANTINE, Finding
 from vllmd.errors import VllmdError
 from vllmd.gpu.feed import Feed
@@ -27,6 +27,7 @@ from vllmd.system.files import read_small, storage_error, write_atomic
 from vllmd.system.host import boot_id
 from vllmd.system.journal import Journal
 from vllmd.system.notify import NullNotifier
+from vllmd.system.publishing import Publisher
 from vllmd.system.terminal import Stderr
 from vllmd.system.threads import in_thread
 
@@ -34,12 +35,22 @@ AGAIN_S = 60.0
 """The same error of the same GPU is journalled this often at most; all of them are counted."""
 _REMEMBERED = 1024
 _POSITION = "gpu-kmsg.json"
+TEXTFILE = "vllmd_gpu_watch.prom"
+"""Of no instance's form: theirs are vllmd-NAME.prom."""
 _TURN_S = 1.0
 
 
 class Host:
     def __init__(
-        self, paths: Paths, settings: GpuWatch, observe: Collection[str], *, notifier: NullNotifier, journal: Journal | Stderr, sources: Sources | None = None
+        self,
+        paths: Paths,
+        settings: GpuWatch,
+        observe: Collection[str],
+        *,
+        notifier: NullNotifier,
+        journal: Journal | Stderr,
+        sources: Sources | None = None,
+        metrics: Metrics | None = None,
     ) -> None:
         self._paths = paths
         self._settings = settings
@@ -50,6 +61,9 @@ class Host:
         sources = replace(sources or Sources(), since=read_position(self._position))
         self._watch = Watch(paths, settings, told=self._told, seen=self._seen, sources=sources, keeps=True, observe=observe, changed=self._changed)
         self._feed = Feed(paths.gpu_socket, self._watch.document, self._metrics)
+        # Its sandbox has no network: of what instances can do, the file alone.
+        self._textfile = replace(metrics or Metrics(), listen="")
+        self._publisher = Publisher(TEXTFILE, lambda: ("text/plain", self._metrics()), journal)
         self._counts: Counter[tuple[str, str]] = Counter()
         self._journalled: dict[tuple[str, str, int], float] = {}
         self._source = ""
@@ -68,6 +82,7 @@ class Host:
         watch = asyncio.create_task(self._watch.run())
         watch.add_done_callback(lambda _task: ended.set())
         turns = asyncio.create_task(self._turns())
+        self._publisher.apply(self._textfile)
         try:
             self._notifier.ready(self._summary())
             self._journal.event("gpu-watching", f"watching GPUs, every {self._settings.interval_s:g} s" + self._observing())
@@ -77,6 +92,7 @@ class Host:
             for task in (turns, watch):
                 task.cancel()
             ends = await asyncio.gather(turns, watch, return_exceptions=True)
+            await self._publisher.close()
             await self._feed.close()
             self._save_position()
         for end in ends:
@@ -189,6 +205,8 @@ class Host:
             ("subscribers", "gauge", "Clients of /events.", self._feed.subscribers),
         ):
             lines += [f"# HELP vllmd_gpu_watch_{name} {text}", f"# TYPE vllmd_gpu_watch_{name} {kind}", f"vllmd_gpu_watch_{name} {value}"]
+        lines += ["# HELP vllmd_gpu_watch_quarantined 1 for a GPU that no instance may start on, by what lifts it.", "# TYPE vllmd_gpu_watch_quarantined gauge"]
+        lines += [f'vllmd_gpu_watch_quarantined{{gpu="{uuid}",class="{cls}"}} 1' for uuid, cls in sorted(self._watch.quarantined.items())]
         return ("\n".join(lines) + "\n").encode()
 
 

@@ -88,6 +88,11 @@ class Watch:
     def repeated(self) -> int:
         return self._book.repeated
 
+    @property
+    def quarantined(self) -> dict[str, str]:
+        """What lifts it, by UUID: also of GPUs that nobody sees any more."""
+        return {uuid: record.cls for uuid, record in self._quarantine.items()}
+
     async def run(self) -> None:
         """Until it is cancelled."""
         if self._reads_kmsg:

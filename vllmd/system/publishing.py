@@ -1,4 +1,4 @@
-"""Where our metrics go besides control.sock: a listener for Prometheus, and a file for node_exporter's textfile collector.
+"""Where our metrics go besides our own sockets: a listener for Prometheus, and a file for node_exporter's textfile collector.
 
 Neither ever ends an instance. The model serves customers, the figures serve those who look after it: a port that somebody
 else has is said once, with what to do, and tried again until it is free.
@@ -26,10 +26,11 @@ _REMOVE_S = 2.0
 
 
 class Publisher:
-    """`apply` at the start and after each reload; `close` at the end. `route` gives what is published."""
+    """`apply` at the start and after each reload; `close` at the end. `route` gives what is published; `file` is its name in the
+    collector's directory."""
 
-    def __init__(self, instance: str, route: Route, journal: Journal | Stderr, *, retry_s: float = RETRY_S) -> None:
-        self._instance = instance
+    def __init__(self, file: str, route: Route, journal: Journal | Stderr, *, retry_s: float = RETRY_S) -> None:
+        self._file = file
         self._route = route
         self._journal = journal
         self._retry_s = retry_s
@@ -59,7 +60,7 @@ class Publisher:
         if settings.listen:
             works.append(self._listen(settings.listen))
         if settings.textfile:
-            works.append(self._write(Path(settings.textfile) / f"vllmd-{self._instance}.prom", settings.interval_s))
+            works.append(self._write(Path(settings.textfile) / self._file, settings.interval_s))
         self._tasks = [asyncio.create_task(work) for work in works]
 
     async def _stop(self) -> None:
