@@ -67,6 +67,10 @@ def describe(plan: Plan | None, prepared: Prepared) -> dict[str, Any] | None:
             "executable": plan.installed.executable,
             "version": plan.installed.version,
             "variant": plan.installed.variant,
+            "installed_as": plan.installed.name,
+            "chosen_by": plan.installed.chosen,
+            "built_for": f"CUDA {plan.installed.cuda}" if plan.installed.cuda else f"ROCm {plan.installed.rocm}" if plan.installed.rocm else "",
+            "archs": list(plan.installed.archs),
             "flags_known": len(plan.installed.flags),
         },
         "model": {
@@ -108,7 +112,7 @@ def _text(plan: Plan | None, prepared: Prepared) -> str:
         ("model", f"{model['identity']} (from {', '.join(model['sources'])}), served as {document['served_name']}"),
         ("now", model["whereabouts"]),
         ("endpoint", ", ".join(document["endpoints"])),
-        ("engine", f"{engine['name']} {engine['version'] or 'of unknown version'}, {engine['executable']}"),
+        ("engine", f"{engine['name']} {engine['version'] or 'of unknown version'}, {engine['executable']}{_chosen_by(engine)}"),
         ("gpus", str(document["gpus"])),
         ("task", document["task"]),
         (
@@ -123,6 +127,12 @@ def _text(plan: Plan | None, prepared: Prepared) -> str:
         *(("warning", text) for text in document["warnings"]),
     ]
     return "\n".join([f"{prepared.instance}: valid", *(f"  {label:<14} {_on_one_line(value)}" for label, value in rows)])
+
+
+def _chosen_by(engine: dict[str, Any]) -> str:
+    by = {"current": "chosen by vllmctl engine", "PATH": "found on PATH"}.get(engine["chosen_by"], engine["chosen_by"])
+    facts = [f"by {by}" if by.startswith("engine.") else by, engine["built_for"], " ".join(engine["archs"])]
+    return f" ({', '.join(filter(None, facts))})" if any(facts) else ""
 
 
 def _on_one_line(value: str) -> str:

@@ -26,9 +26,13 @@ def run(argv: Sequence[str]) -> int:
     """Performs one command line; raises VllmdError."""
     paths, rest = take_globals(argv)
     if rest[:1] == ["engine"]:
-        from vllmd.engines import command
+        from vllmd import ctl_engine
 
-        return command.main(rest[1:], paths)
+        return ctl_engine.main(rest[1:], paths)
+    if rest[:1] == ["cache"]:
+        from vllmd import ctl_cache
+
+        return ctl_cache.main(rest[1:], paths)
     if rest[:1] == ["store"]:
         from vllmd import ctl_store
 
@@ -55,7 +59,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_pause(verbs)
     _add_logs(verbs)
     _add_incidents(verbs)
-    verbs.add_parser("engine", help="install|list|use: the engines of this host", add_help=False)
+    verbs.add_parser("engine", help="install|list|use|rollback|remove|verify: the engines of this host", add_help=False)
+    verbs.add_parser("cache", help="list|clear: the caches of compiled code", add_help=False)
     verbs.add_parser("gpu", help="every GPU of this host, its owner and its health; gpu clear lifts a quarantine", add_help=False)
     verbs.add_parser("store", help="list|verify|rm|gc|pin|unpin|export|import: the models of this host", add_help=False)
     return top

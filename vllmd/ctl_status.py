@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from vllmd import ctl_files as files
 from vllmd import ctl_unit as units
 from vllmd.config.paths import Paths
 from vllmd.ctl_unit import UnitState
+from vllmd.engines import choice
 from vllmd.errors import UsageError
 
 SERVING = frozenset({"ready", "unconfigured"})
@@ -49,7 +51,7 @@ def status(paths: Paths, name: str | None, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps({"schema": 1, "instances": [as_dict(each) for each in found]}) + "\n")
     elif name:
-        sys.stdout.write("\n".join(screen(found[0])) + "\n")
+        sys.stdout.write("\n".join(screen(found[0], paths)) + "\n")
     else:
         sys.stdout.write("\n".join(table(found, paths)) + "\n")
     return NOT_SERVING if name and found[0].state not in SERVING else 0
@@ -112,7 +114,7 @@ def table(found: list[Instance], paths: Paths) -> Iterator[str]:
         yield f"{_dot(each)} {each.name:<{width}}  {each.state:<12} {more}".rstrip()
 
 
-def screen(instance: Instance) -> Iterator[str]:
+def screen(instance: Instance, paths: Paths) -> Iterator[str]:
     """What a person wants to know about one instance, on one screen."""
     said = instance.said
     yield f"{_dot(instance)} {instance.name}  {instance.state}{_since(instance)}"
@@ -121,6 +123,7 @@ def screen(instance: Instance) -> Iterator[str]:
         ("model", model_of(said)),
         ("endpoint", ", ".join(said["endpoints"]) if _strings(said.get("endpoints")) else files.text(said, "endpoint")),
         ("engine", _engine(said)),
+        ("", _other_engine(instance, paths)),
         ("gpus", ", ".join(each[:12] for each in said["gpus"]) if _strings(said.get("gpus")) else ""),
         ("unit", _unit(instance)),
         ("memory", _bytes(instance.unit.memory_bytes) if instance.unit and instance.unit.memory_bytes is not None else ""),
@@ -196,6 +199,19 @@ def _engine(said: Mapping[str, Any]) -> str:
     pid = files.number(said, "engine", "pid")
     words = [files.text(said, "engine", "name"), files.text(said, "engine", "version"), f"pid {pid:.0f}" if pid else ""]
     return " ".join(filter(None, words))
+
+
+def other_engine(said: Mapping[str, Any], paths: Paths) -> str:
+    """The directory name of the chosen engine, where the instance follows the choice and runs another one; else ''."""
+    program, chosen = files.text(said, "engine", "executable"), choice.current_name(paths.engines)
+    if not program or not chosen or files.text(said, "engine", "chosen") != "current":
+        return ""
+    return chosen if os.path.dirname(os.path.dirname(program)) != os.path.realpath(paths.engines / chosen) else ""  # noqa: PTH120 - no look at the disk
+
+
+def _other_engine(instance: Instance, paths: Paths) -> str:
+    chosen = other_engine(instance.said, paths) if instance.state not in ("stopped", "failed") else ""
+    return f"{chosen} is chosen now: it is taken at the next start (vllmctl restart {instance.name})" if chosen else ""
 
 
 def _unit(instance: Instance) -> str:

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
+from vllmd import ctl_engine as command
 from vllmd.config.paths import root_paths
-from vllmd.engines import command, install, record
+from vllmd.engines import choice, install, record
 from vllmd.errors import EngineFailed, TryLater, UsageError, VllmdError
 
 pytestmark = pytest.mark.component
@@ -144,15 +145,15 @@ def test_a_reinstalled_engine_stands_beside_the_old_one(wheels: Path, installed:
     try:
         assert new.name == "vllm-1.0-cpu.2"
         assert (installed / "bin/vllm").exists()
-        assert install.current_name(installed.parent) == new.name
+        assert choice.current_name(installed.parent) == new.name
     finally:
-        install.choose(installed.parent, installed.name)
+        choice.choose(installed.parent, installed.name)
         shutil.rmtree(new)
 
 
 def installer(engines: Path, wheels: Path) -> subprocess.Popen[str]:
     code = (
-        "import sys; from pathlib import Path; from vllmd.config.paths import root_paths; from vllmd.engines.command import main\n"
+        "import sys; from pathlib import Path; from vllmd.config.paths import root_paths; from vllmd.ctl_engine import main\n"
         "sys.exit(main(['install', '--cpu', '--version', '1.0', '--wheels', sys.argv[2]], root_paths(Path(sys.argv[1]))))"
     )
     command_line = [sys.executable, "-c", code, str(engines.parent), str(wheels)]
@@ -193,7 +194,7 @@ def test_an_interrupted_installation_changes_nothing(
 
 def test_only_one_installs_at_a_time(installing: tuple[Path, subprocess.Popen[str]], wheels: Path) -> None:
     engines, _ = installing
-    with pytest.raises(TryLater, match="another installation"):
+    with pytest.raises(TryLater, match="another `vllmctl engine` works"):
         install.install(engines, request(wheels), lambda _line: None)
 
 
@@ -204,7 +205,7 @@ def test_what_a_killed_installation_left_is_swept_by_the_next(
     os.killpg(child.pid, signal.SIGKILL)
     child.wait(10)
     assert any(name.startswith(".building-") for name in listing(engines))
-    assert install.current_name(engines) == ""
+    assert choice.current_name(engines) == ""
     install.install(engines, request(wheels), lambda _line: None)
     assert listing(engines) == {"vllm-1.0-cpu", "current"}
 
@@ -234,10 +235,10 @@ def test_choosing_needs_an_engine_that_is_whole(installed: Path) -> None:
     try:
         for name in ("half", "none", "../engines"):
             with pytest.raises(UsageError):
-                install.choose(installed.parent, name)
+                choice.choose(installed.parent, name)
     finally:
         (installed.parent / "half").rmdir()
-    assert install.current_name(installed.parent) == installed.name
+    assert choice.current_name(installed.parent) == installed.name
 
 
 def test_the_list_is_for_people_and_for_programs(installed: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -293,7 +294,7 @@ def test_the_service_can_execute_what_a_root_with_a_tight_umask_installed(tmp_pa
 def test_current_is_no_engine_that_can_be_chosen(installed: Path) -> None:
     for name in ("current", ".", ""):
         with pytest.raises(UsageError, match="no engine"):
-            install.choose(installed.parent, name)
+            choice.choose(installed.parent, name)
     assert (installed.parent / "current").resolve() == installed
 
 

@@ -94,7 +94,7 @@ def test_an_instance_may_be_given_as_its_unit(text: str) -> None:
 
 
 def test_engine_verb_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllmd.engines import command
+    from vllmd import ctl_engine as command
 
     seen: list[Any] = []
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.unit.engine_contexts import context
 from vllmd.config.settings import Model, rows
 from vllmd.core.plan import Endpoint
-from vllmd.engines import environment
+from vllmd.engines import caches, environment
 from vllmd.engines.protocol import SettingRefused
 from vllmd.engines.vllm import Vllm
 from vllmd.engines.vllm_tuning import Tuning
@@ -162,7 +162,7 @@ def test_the_environment_is_built_not_inherited(tmp_path: Path) -> None:
     assert not dropped & set(env)
     assert SECRET not in env.values()
     assert (env["PYTHONUNBUFFERED"], env["HF_HUB_OFFLINE"], env["VLLM_LOGGING_LEVEL"]) == ("1", "1", "INFO")
-    assert env["VLLM_CACHE_ROOT"] == str(tmp_path / "cache/vllm")
+    assert env["VLLM_CACHE_ROOT"] == str(caches.place(context(tmp_path)) / "vllm")
 
 
 def test_a_variable_about_tokens_of_text_is_no_secret(tmp_path: Path) -> None:

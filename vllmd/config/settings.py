@@ -118,6 +118,7 @@ class EngineChoice:
 
     name: str = setting("vllm", p.word, "VLLMD_ENGINE", "The engine plug-in.")
     executable: str = setting("", p.absolute_path, "VLLMD_ENGINE_EXECUTABLE", "The engine's program; empty: the one `vllmctl engine` chose, else vllm on PATH.")
+    version: str = setting("", p.one_line, "VLLMD_ENGINE_VERSION", "Pins the instance to one of the engines that `vllmctl engine` installed: a version, or a directory's name from `vllmctl engine list`; empty: the chosen one.")
     args: Mapping[str, Any] = setting(p.EMPTY, p.mapping, "VLLMD_ENGINE_ARGS", "Flags for the engine: true is --x, false --no-x, a list repeats, a mapping is JSON.")
     env: Mapping[str, str] = setting(p.EMPTY, p.env_mapping, "VLLMD_ENGINE_ENV", "Environment variables for the engine.")
     config_file: str = setting("", p.absolute_path, "VLLM_CONFIG_FILE", "YAML file for the engine's own --config.")

@@ -51,7 +51,9 @@ class Installed:
     """What is known of an engine that is installed, without running it.
 
     `flags` are the long options it knows (empty: unknown, so not checked); `python` its own interpreter, or ''.
-    `cuda` its CUDA version ('' on CPU builds), `archs` the compute capabilities it was built for.
+    `cuda` its CUDA version ('' on CPU builds), `archs` the compute capabilities it was built for; `rocm` AMD's version.
+    `name` is its directory's name where `vllmctl engine` installed it, else ''. `chosen` says by what it was chosen:
+    'current' (`vllmctl engine`), 'engine.version', 'engine.executable' or 'PATH'.
     """
 
     executable: str
@@ -61,6 +63,9 @@ class Installed:
     flags: frozenset[str] = frozenset()
     cuda: str = ""
     archs: tuple[str, ...] = ()
+    name: str = ""
+    rocm: str = ""
+    chosen: str = ""
 
 
 @dataclass(frozen=True, slots=True)

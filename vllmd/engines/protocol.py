@@ -112,6 +112,15 @@ class Preparing(Protocol):
 
 
 @runtime_checkable
+class Holding(Protocol):
+    """An engine that runs from directories which must stay while it runs, and writes into some."""
+
+    def holds(self, context: Context) -> tuple[Path, ...]:
+        """Those that are locked (shared) from right before the launch to the end: its own, its caches. They are there once
+        `prepare` was called."""
+
+
+@runtime_checkable
 class Counting(Protocol):
     """An engine that knows how many GPUs it will use of those that it sees."""
 

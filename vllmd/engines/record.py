@@ -16,13 +16,17 @@ from vllmd.system.files import read_small
 RECORD = "vllmd-engine.json"
 CURRENT = "current"
 """The link in the engines directory to the engine that was chosen."""
+PREVIOUS = "previous"
+"""The link to the engine that was chosen before it."""
 
 _LIMIT_BYTES = 1_000_000
+_TEXTS = ("version", "variant", "torch", "cuda", "engine", "rocm", "python", "lock", "installed_at")
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """`switches` are those flags that take no value; `torch` its version, `cuda` '' on CPU builds."""
+    """`switches` are those flags that take no value; `torch` its version, `cuda` '' on CPU builds, `rocm` '' on all but
+    AMD's; `python` the version it was made with; `py_spy` whether it can show stacks; `lock` the sha256 of the lock file."""
 
     version: str
     variant: str
@@ -32,6 +36,11 @@ class Record:
     cuda: str = ""
     archs: tuple[str, ...] = ()
     engine: str = "vllm"
+    rocm: str = ""
+    python: str = ""
+    py_spy: bool = False
+    lock: str = ""
+    installed_at: str = ""
     schema: int = 1
 
 
@@ -47,9 +56,9 @@ def read(directory: Path) -> Record | None:
         return None
     if not isinstance(raw, dict) or raw.get("schema") != 1:
         return None
-    text = {name: str(raw.get(name, "")) for name in ("version", "variant", "torch", "cuda", "engine")}
+    text = {name: str(raw.get(name, "")) for name in _TEXTS}
     words = {name: _words(raw.get(name)) for name in ("flags", "switches", "archs")}
-    values: dict[str, Any] = {**text, **words}
+    values: dict[str, Any] = {**text, **words, "py_spy": raw.get("py_spy") is True}
     return Record(**values)
 
 
@@ -57,17 +66,16 @@ def _words(value: object) -> tuple[str, ...]:
     return tuple(str(item) for item in value) if isinstance(value, list) else ()
 
 
-def describe(executable: Path) -> Installed:
+def describe(executable: Path, chosen: str = "") -> Installed:
     """What is known of the engine whose program this is. The program is given by its real path, because `current` may
-    move to another engine while this one runs, and Python imports lazily."""
+    move to another engine while this one runs, and Python imports lazily. `chosen` says by what it was chosen."""
     program = executable.resolve()
     directory = program.parent.parent
     python = program.parent / "python3"
     record = read(directory)
     if record is None:
-        return Installed(
-            str(program), version=_version_by_metadata(directory), python=str(python) if python.exists() else ""
-        )
+        version = _version_by_metadata(directory)
+        return Installed(str(program), version=version, python=str(python) if python.exists() else "", chosen=chosen)
     return Installed(
         str(program),
         version=record.version,
@@ -76,6 +84,9 @@ def describe(executable: Path) -> Installed:
         flags=frozenset(record.flags),
         cuda=record.cuda,
         archs=record.archs,
+        name=directory.name,
+        rocm=record.rocm,
+        chosen=chosen,
     )
 
 

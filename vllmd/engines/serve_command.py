@@ -6,10 +6,11 @@ any other failure.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -21,10 +22,11 @@ from vllmd.config.values import shown
 from vllmd.core.plan import Command
 from vllmd.engines import environment, record, registry, vllm_config_file
 from vllmd.engines.execute import execute
-from vllmd.engines.protocol import Context, Engine, Preparing
+from vllmd.engines.protocol import Context, Engine, Holding, Preparing
 from vllmd.engines.vllm_check import pass_through
 from vllmd.engines.vllm_flags import without_owned
 from vllmd.errors import ConfigError, VllmdError
+from vllmd.system.sharedlock import share
 
 EnvFiles: TypeAlias = Callable[[Config], Sequence[Path]]
 """The places where vllm-resolve-model may have left the env file, the best first (the models package knows them)."""
@@ -79,7 +81,8 @@ def main(
         return _complain(error, _WRONG_ENVIRONMENT if error.code != "engine_missing" else _FAILED)
     try:
         command = _command(context, _resolved(context, environ, env_files), options.extra, keys)
-        return execute(command, print_cmd=options.print_cmd, dry_run=options.dry_run)
+        with _held(registry.get("vllm"), context, dry_run=options.dry_run):
+            return execute(command, print_cmd=options.print_cmd, dry_run=options.dry_run)
     except _WrongEnvironment as error:
         return _complain(error, _WRONG_ENVIRONMENT)
     except VllmdError as error:
@@ -103,7 +106,8 @@ def serve_instance(
     for warning in warnings:
         _say(f"WARN: {warning}")
     command = engine.command(context, _prepared(engine, context, str(model)))
-    return execute(replace(command, argv=(*command.argv, *extra)), print_cmd=print_cmd, dry_run=dry_run)
+    with _held(engine, context, dry_run=dry_run):
+        return execute(replace(command, argv=(*command.argv, *extra)), print_cmd=print_cmd, dry_run=dry_run)
 
 
 class _WrongEnvironment(ConfigError):
@@ -275,6 +279,16 @@ def _prepared(engine: Engine, context: Context, directory: str) -> str:
     if said:
         _say(said)
     return str(served)
+
+
+@contextlib.contextmanager
+def _held(engine: Engine, context: Context, *, dry_run: bool) -> Iterator[None]:
+    """What the engine runs from is not removed under it: the locks go over to the program that this process becomes."""
+    with contextlib.ExitStack() as stack:
+        for directory in engine.holds(context) if isinstance(engine, Holding) and not dry_run else ():
+            with contextlib.suppress(OSError):
+                stack.callback(share(directory, inherited=True))
+        yield
 
 
 def _checked(engine: Engine, context: Context, extra: Sequence[str]) -> tuple[list[str], Sequence[str]]:

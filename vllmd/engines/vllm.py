@@ -14,6 +14,8 @@ from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
 from vllmd.core.plan import Command, Endpoint, Installed
 from vllmd.engines import (
+    caches,
+    choice,
     environment,
     record,
     vllm_check,
@@ -24,6 +26,7 @@ from vllmd.engines import (
     vllm_proof,
     vllm_task,
     vllm_tokenizer,
+    vllm_toolkit,
     vllm_tuning,
 )
 from vllmd.engines.protocol import Context, LogFact, ProofRequest, Reading, SettingRefused
@@ -57,7 +60,7 @@ class Vllm:
         return SIGNS
 
     def installed(self, config: Config, paths: Paths, environ: Mapping[str, str]) -> Installed:
-        return record.describe(_executable(config, paths, environ))
+        return _found(config, paths, environ)
 
     def check(self, context: Context) -> list[str]:
         vllm_host.refuse_unfit(context)
@@ -83,7 +86,9 @@ class Vllm:
         return Command(argv, _environment(context), private, (*keys, *_secret_values(context)))
 
     def prepare(self, context: Context, directory: Path) -> tuple[Path, str]:
-        return vllm_tokenizer.prepare(directory, context.installed.executable, context.paths.cache)
+        said = caches.begin(context)
+        served, more = vllm_tokenizer.prepare(directory, context.installed.executable, context.paths.cache)
+        return served, "; ".join(filter(None, (said, more)))
 
     def task(self, context: Context, model: Path) -> str:
         arguments = vllm_check.arguments(context)
@@ -114,8 +119,11 @@ class Vllm:
         return vllm_check.devices(context)
 
     def compile_caches(self, context: Context) -> tuple[Path, ...]:
-        cache = context.paths.cache
-        return cache / "vllm/torch_compile_cache", cache / "inductor", cache / "triton"
+        return caches.compiled(caches.place(context))
+
+    def holds(self, context: Context) -> tuple[Path, ...]:
+        directory = Path(context.installed.executable).parent.parent
+        return (*((directory,) if context.installed.name else ()), caches.place(context))
 
     def read_line(self, line: str) -> LogFact:
         return vllm_logs.read_line(line)
@@ -153,27 +161,44 @@ def _is_program(path: Path) -> bool:
         return False
 
 
-def _executable(config: Config, paths: Paths, environ: Mapping[str, str]) -> Path:
-    """engine.executable, else the engine that `vllmctl engine` chose, else vllm on PATH."""
-    if config.engine.executable:
-        chosen = Path(config.engine.executable)
-        if not _is_program(chosen):
-            raise SettingRefused(
-                "engine_missing",
-                "engine.executable",
-                f"there is no program {chosen}" if not chosen.is_file() else f"{chosen} is not executable",
-                "correct it, or remove it and run `vllmctl engine install`",
-            )
-        return chosen
+def _found(config: Config, paths: Paths, environ: Mapping[str, str]) -> Installed:
+    """engine.executable or engine.version, else the engine that `vllmctl engine` chose, else vllm on PATH."""
+    engine = config.engine
+    if engine.executable and engine.version:
+        reason = f"engine.executable is set too ({engine.executable})"
+        raise SettingRefused("engine_twice", "engine.version", reason, "remove one of them")
+    if engine.executable:
+        return record.describe(_given(Path(engine.executable)), "engine.executable")
+    if engine.version:
+        return record.describe(_pinned(engine.version, paths), "engine.version")
     current = paths.engines / record.CURRENT / "bin/vllm"
     if _is_program(current):
-        return current
+        return record.describe(current, "current")
     found = shutil.which("vllm", path=environ.get("PATH", ""))
     if found is None:
         raise ConfigError(
             "engine_missing", f"no vLLM: neither in {paths.engines} nor on PATH", "run `vllmctl engine install`"
         )
-    return Path(found)
+    return record.describe(Path(found), "PATH")
+
+
+def _given(program: Path) -> Path:
+    if _is_program(program):
+        return program
+    reason = f"there is no program {program}" if not program.is_file() else f"{program} is not executable"
+    hint = "correct it, or remove it and run `vllmctl engine install`"
+    raise SettingRefused("engine_missing", "engine.executable", reason, hint)
+
+
+def _pinned(version: str, paths: Paths) -> Path:
+    try:
+        name = choice.pinned(paths.engines, version)
+    except ConfigError as error:
+        raise SettingRefused(error.code, "engine.version", error.what, error.hint) from None
+    program = paths.engines / name / "bin/vllm"
+    if not _is_program(program):
+        raise SettingRefused("engine_missing", "engine.version", f"{program} is no program", f"`vllmctl engine verify {name}` says what is missing")
+    return program
 
 
 def _keys(context: Context) -> tuple[str, ...]:
@@ -249,12 +274,9 @@ def _environment(context: Context) -> dict[str, str]:
     defaults = {
         "HOME": str(cache),
         "XDG_CACHE_HOME": str(cache),
-        "VLLM_CACHE_ROOT": str(cache / "vllm"),
         "VLLM_CONFIG_ROOT": str(cache / "vllm-config"),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-        "CUDA_CACHE_PATH": str(cache / "cuda"),
         "HF_HUB_VERBOSITY": "info",
+        **caches.variables(caches.place(context)),
     }
     fixed = {
         "PYTHONUNBUFFERED": "1",
@@ -264,14 +286,25 @@ def _environment(context: Context) -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": config.engine.logging_level or "INFO",
         **environment.visible_devices(config.gpus, context.environ.get("CUDA_VISIBLE_DEVICES")),
     }
+    programs = Path(context.installed.executable).parent
+    toolkit = _toolkit(context, programs.parent)
+    home = toolkit.get("CUDA_HOME")
     return environment.build(
         context.environ,
         ours=environment.our_names(vllm_tuning.Tuning),
         given=config.engine.env,
-        defaults=defaults,
+        defaults=defaults | toolkit,
         fixed=fixed,
-        path_first=str(Path(context.installed.executable).parent),
+        path_first=f"{programs}:{home}/bin" if home else str(programs),
     )
+
+
+def _toolkit(context: Context, directory: Path) -> dict[str, str]:
+    """CUDA's compiler from pip's packages, for a CUDA build on a host that has none."""
+    if not context.installed.cuda:
+        return {}
+    given = {**context.environ, **context.config.engine.env}
+    return vllm_toolkit.environment(directory, given.get("PATH", ""), given)
 
 
 def _secret_values(context: Context) -> list[str]:

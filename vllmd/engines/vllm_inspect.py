@@ -7,6 +7,7 @@ engine: a wrong flag is then told in milliseconds instead of by argparse after t
 import contextlib
 import importlib
 import json
+import platform
 import sys
 from typing import Any
 
@@ -40,7 +41,13 @@ def options() -> dict[str, bool]:
 def toolkit() -> dict[str, Any]:
     torch = importlib.import_module("torch")
     architectures = getattr(torch._C, "_cuda_getArchFlags", str)  # torch.cuda.get_arch_list() is empty without a GPU
-    return {"torch": torch.__version__, "cuda": torch.version.cuda or "", "archs": (architectures() or "").split()}
+    return {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda or "",
+        "rocm": getattr(torch.version, "hip", None) or "",
+        "archs": (architectures() or "").split(),
+        "python": platform.python_version(),
+    }
 
 
 def main() -> None:

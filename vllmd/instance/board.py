@@ -74,6 +74,7 @@ class Board:
             "name": plan.engine,
             "version": installed.version,
             "executable": installed.executable,
+            "chosen": installed.chosen,
             "pid": None,
         }
         self.document["endpoints"] = [str(endpoint) for endpoint in plan.endpoints]

@@ -18,7 +18,7 @@ from vllmd.config.redact import redact_argv, redact_text
 from vllmd.config.settings import Log
 from vllmd.core import events as ev
 from vllmd.core.plan import Command, Plan, ResolvedModel
-from vllmd.engines.protocol import Context, Engine, Preparing, ProofRequest
+from vllmd.engines.protocol import Context, Engine, Holding, Preparing, ProofRequest
 from vllmd.errors import EngineFailed, TryLater
 from vllmd.instance import record
 from vllmd.instance.board import Board, now_text
@@ -38,6 +38,7 @@ from vllmd.system.host import boot_id
 from vllmd.system.journal import Journal
 from vllmd.system.lines import LineLimits, LineReader, TokenBucket
 from vllmd.system.process import Child, ExitStatus, SpawnSpec, spawn
+from vllmd.system.sharedlock import share
 from vllmd.system.terminal import Stderr
 from vllmd.system.threads import in_thread
 
@@ -110,6 +111,7 @@ class EngineLife:
         self._hold.callback((await in_thread(lambda: store.hold(model.directory))).close)
         await self._port.take()
         directory = str(await self._prepared(model.directory))
+        await self._hold_directories()
         command = self.engine.command(await self.gpus.take(), directory)
         self._board.set(gpus=list(self.gpus.uuids))
         self._secrets = command.secrets
@@ -142,6 +144,13 @@ class EngineLife:
         if said:
             self._journal.event("model-prepared", said, priority=4 if served == directory else 5, directory=str(served))
         return served
+
+    async def _hold_directories(self) -> None:
+        """What the engine runs from, and compiles into, is not removed under it."""
+        engine = self.engine
+        for directory in engine.holds(self.context) if isinstance(engine, Holding) else ():
+            with contextlib.suppress(OSError):  # what is not there, or may not be looked at, the engine itself will miss
+                self._hold.callback(await in_thread(partial(share, directory)))
 
     def _write_private(self, command: Command) -> None:
         for name, content in command.private_files.items():

@@ -32,7 +32,7 @@ def misfits(cuda: str, archs: Iterable[str], gpus: Iterable[Gpu], cuda_driver: i
         capability = _numbers(gpu.compute_capability)
         if len(capability) == 2 and not any(_runs_on(match, capability) for match in known):
             what = f"the engine was not built for GPU {gpu.index} {gpu.name} (compute capability {gpu.compute_capability})"
-            found.append(Misfit(what, "Install an engine whose build has it: `vllmctl engine install --cuda`.", is_certain=True))
+            found.append(Misfit(what, "`vllmctl engine list` says which installed engine fits; else install one whose torch was built for it: `vllmctl engine install --cuda --index-url ...`.", is_certain=True))
     return found
 
 

@@ -182,6 +182,9 @@ def driver_failures(found: Findings, timeout_s: float) -> tuple[tuple[str, ...],
 
 
 def _without_figures(request: GpuRequest, found: Findings) -> GpuResult:
+    if request.cuda and found.cuda_result is None:  # vLLM would say "Failed to infer device type" after 12 s
+        failure = f"the engine was built for CUDA {request.cuda}, and this host has no NVIDIA driver"
+        return GpuResult(failures=(failure,), hint="`vllmctl engine install --cpu` installs the build that fits, or install the driver.")
     why = "; ".join(found.notes) or "no driver was found"
     if request.wanted != "all":
         failure = f"GPUs are wanted, and none can be seen: {why}"
