@@ -47,7 +47,7 @@ def main(argv: list[str], paths: Paths) -> int:
     with _as_owner(paths.cache), choice.explained(f"look at {caches.folder(paths)}"):
         if arguments.verb == "list":
             return _list(paths, as_json=arguments.json)
-        if arguments.name:
+        if arguments.name is not None:
             return _clear_one(paths, arguments.name)
         return _clear(paths, unused_only=arguments.unused)
 

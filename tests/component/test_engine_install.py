@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ import pytest
 
 from vllmd import ctl_engine as command
 from vllmd.config.paths import root_paths
-from vllmd.engines import choice, install, record
+from vllmd.engines import choice, install, packages, record
 from vllmd.errors import EngineFailed, TryLater, UsageError, VllmdError
 
 pytestmark = pytest.mark.component
@@ -53,10 +54,13 @@ def wheel(directory: Path, name: str, version: str, files: dict[str, str], scrip
     }
     if scripts:
         content[f"{info}/entry_points.txt"] = scripts
-    content[f"{info}/RECORD"] = "".join(f"{path},,\n" for path in (*content, f"{info}/RECORD"))
+    sums = "".join(f"{path},sha256={packages.encoded(hashlib.sha256(text.encode()).digest())},{len(text.encode())}\n" for path, text in content.items())
+    content[f"{info}/RECORD"] = f"{sums}{info}/RECORD,,\n"
     with zipfile.ZipFile(directory / f"{name}-{version}-py3-none-any.whl", "w") as archive:
         for path, text in content.items():
-            archive.writestr(path, text)
+            entry = zipfile.ZipInfo(path)
+            entry.external_attr = (0o100755 if ".data/scripts/" in path else 0o100644) << 16
+            archive.writestr(entry, text)
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ _NAMES = ("CUDA_HOME", "CUDA_PATH")
 _LIBRARY = re.compile(r"(lib[\w+-]+\.so)\.\d+")
 
 
-def environment(directory: Path, path: str, given: Mapping[str, str], host: Path = _HOST) -> dict[str, str]:
+def environment(directory: Path, path: str, given: Mapping[str, str], host: Path | None = None) -> dict[str, str]:
     """CUDA_HOME, CPATH and LIBRARY_PATH, where the engine in this directory brings nvcc and the host has none; else {}.
     `path` is the engine's PATH; `given` are variables that say already where it is."""
-    if any(given.get(name) for name in _NAMES) or shutil.which("nvcc", path=path) or os.access(host / "bin/nvcc", os.X_OK):
+    if any(given.get(name) for name in _NAMES) or shutil.which("nvcc", path=path) or os.access((host or _HOST) / "bin/nvcc", os.X_OK):
         return {}
     home = next((nvcc.parent.parent for nvcc in _parts(directory, "bin/nvcc") if os.access(nvcc, os.X_OK)), None)
     if home is None:
