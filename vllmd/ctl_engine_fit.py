@@ -32,10 +32,10 @@ def refuse_variant(name: str) -> None:
 
 def refuse(known: Record, paths: Paths) -> None:
     """ConfigError where the engine cannot run on this hardware; it names one that is installed and can, if there is any."""
-    found = next((each for each in of(known) if each.is_certain), None)
+    found = next(iter(of(known)), None)
     if found is None:
         return
-    others = [name for name, other in choice.installed_engines(paths.engines) if other != known and not any(each.is_certain for each in of(other))]
+    others = [name for name, other in choice.installed_engines(paths.engines) if other != known and not of(other)]
     raise _error(found.what, f"`vllmctl engine use {others[0]}`: that one fits" if others else found.hint)
 
 

@@ -367,7 +367,8 @@ class Daemon:
             self.journal.event("failed", complaint, priority=4)
 
     def _reload(self) -> None:
-        taken = reload.read_again(self.prepared, self.config, self.journal)
+        running = self._context.installed.executable if self._context else ""
+        taken = reload.read_again(self.prepared, self.config, self.journal, running)
         if taken is not None:
             self.config, waiting = taken
             self.board.set(needs_restart=list(waiting))

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.component.daemons import quick, stop
 from tests.harness import Instance
+from tests.procs import wait_until
 from vllmd import ctl, ctl_cache, ctl_engine
 from vllmd.config.paths import root_paths
 from vllmd.engines import choice, record
@@ -45,6 +47,8 @@ def test_an_engine_is_switched_under_a_running_instance_which_says_so(capsys: py
         assert instance.engine_process("vllm") is not None
         ctl.run(["status", "demo", "--root", str(instance.root)])
         assert "vllm-0.33.0-fake is chosen now: it is taken at the next start" in capsys.readouterr().out
+        instance.signal(signal.SIGHUP)
+        wait_until("the restart to be asked for", lambda: instance.status()["needs_restart"] == ["engine"])
         with pytest.raises(TryLater, match=r"run by instance demo"):
             ctl_engine.main(["remove", OWN], paths)
         ctl_engine.main(["list"], paths)

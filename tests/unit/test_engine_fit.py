@@ -87,6 +87,17 @@ def test_an_engine_for_other_gpus_is_not_chosen_and_the_one_that_fits_is_named(p
     assert choice.current_name(paths.engines) == "hopper"
 
 
+def test_an_engine_that_is_newer_than_the_driver_is_not_chosen(paths: Paths, host: dict[str, object]) -> None:
+    engine(paths.engines, "new")
+    engine(paths.engines, "old", cuda="12.8")
+    host["seen"] = gpu.Findings("nvml", (Gpu(0, "H200", compute_capability="9.0", driver_version="570.86.15"),), cuda_driver=12080)
+    with pytest.raises(ConfigError, match=r"built for CUDA 13.0, and the driver 570.86.15 is older") as caught:
+        ctl_engine.main(["use", "new"], paths)
+    assert "use old" in caught.value.hint
+    host["seen"] = gpu.Findings(hung_in="nvml")
+    assert ctl_engine.main(["use", "new"], paths) == 0, "a driver that does not answer speaks against no engine"
+
+
 def test_the_list_says_what_does_not_fit(paths: Paths, host: dict[str, object], capsys: pytest.CaptureFixture[str]) -> None:
     engine(paths.engines, "hopper")
     host["hardware"] = AMD

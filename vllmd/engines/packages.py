@@ -46,12 +46,14 @@ def records(directory: Path) -> dict[str, Path]:
 
 
 def rows(path: Path) -> Iterator[Row]:
-    """OSError; lines that make no sense are passed over."""
+    """OSError; lines that make no sense are passed over. Some wheels bring bytecode, which pip replaces by its own without
+    correcting its sum."""
     text = read_small(path, _LIMIT_BYTES).decode("utf-8", "replace")
     for each in csv.reader(io.StringIO(text, newline="")):
         if len(each) >= 3 and each[0]:
             kind, _, digest = each[1].partition("=")
-            yield Row(each[0], digest if kind == "sha256" else "", int(each[2]) if each[2].isascii() and each[2].isdigit() else None)
+            is_kept = kind == "sha256" and not each[0].endswith(".pyc")
+            yield Row(each[0], digest if is_kept else "", int(each[2]) if each[2].isascii() and each[2].isdigit() else None)
 
 
 def encoded(digest: bytes) -> str:

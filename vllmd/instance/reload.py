@@ -57,15 +57,27 @@ def apply_live(old: Config, new: Config) -> Config:
     return replace(old, watch=new.watch, log=new.log, metrics=new.metrics)
 
 
-def read_again(prepared: Prepared, old: Config, journal: Journal | Stderr) -> tuple[Config, tuple[str, ...]] | None:
-    """The configuration that holds now, and the keys that wait for a restart; None when it is wrong, and not taken over."""
+def _has_other_engine(fresh: Prepared, running: str) -> bool:
+    """Whether a start of now would run another program: another engine was chosen since."""
+    try:
+        return bool(running) and stages.context(fresh).installed.executable != running
+    except VllmdError:
+        return True
+
+
+def read_again(prepared: Prepared, old: Config, journal: Journal | Stderr, running: str = "") -> tuple[Config, tuple[str, ...]] | None:
+    """The configuration that holds now, and the keys that wait for a restart; None when it is wrong, and not taken over.
+    `running` is the program that serves ('' for none): an engine that was chosen since is told as `engine`."""
     instance = prepared.instance
     try:
-        fresh = stages.prepare(instance, prepared.paths, prepared.environ, prepared.overrides).config
+        read = stages.prepare(instance, prepared.paths, prepared.environ, prepared.overrides)
     except VllmdError as error:
         journal.event("reloaded", f"the configuration is not taken over: {error.what}", priority=3, hint=error.hint)
         return None
+    fresh = read.config
     changes = compare(old, fresh)
+    if not any(key.startswith("engine.") for key in changes.restart) and _has_other_engine(read, running):
+        changes = replace(changes, restart=(*changes.restart, "engine"))
     told = f"applied: {', '.join(changes.live)}" if changes.live else "nothing changed that applies now"
     journal.event("reloaded", f"configuration read again; {told}", priority=5)
     if changes.restart:
