@@ -10,10 +10,10 @@ driver or engine a new directory is begun; going back finds the old one warm. `v
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -59,8 +59,7 @@ def engine_part(installed: Installed) -> str:
     """The name of the engine's directory; a program from elsewhere is told by its path."""
     if installed.name:
         return _WEIRD.sub("-", installed.name)
-    path = hashlib.sha256(installed.executable.encode()).hexdigest()[:8]
-    return _WEIRD.sub("-", f"vllm-{installed.version or 'unknown'}-{path}")
+    return _WEIRD.sub("-", f"vllm-{installed.version or 'unknown'}-{_short(installed.executable)}")
 
 
 def hardware_part(context: Context, hardware: Hardware) -> str:
@@ -77,8 +76,12 @@ def hardware_part(context: Context, hardware: Hardware) -> str:
 
 def processor(hardware: Hardware) -> str:
     """Compilers take what this very processor can: the same code ends in SIGILL on a host that can less."""
-    flags = hashlib.sha256(" ".join(hardware.code_flags).encode()).hexdigest()[:8]
-    return f"{_WEIRD.sub('-', hardware.machine)}-{flags}"
+    return f"{_WEIRD.sub('-', hardware.machine)}-{_short(' '.join(hardware.code_flags))}"
+
+
+def _short(text: str) -> str:
+    """Eight letters that tell a handful of texts apart; hashlib takes longer to import than a check has."""
+    return f"{zlib.crc32(os.fsencode(text)):08x}"
 
 
 def variables(cache: Path) -> dict[str, str]:

@@ -7,7 +7,6 @@ places): a reader sees the one or the other, whatever happens in between.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -92,6 +91,8 @@ def rollback(engines: Path) -> str:
 
 def _exchanged(one: Path, other: Path) -> bool:
     """Both names change places at once; False where the kernel or the file system cannot."""
+    import ctypes  # every start reads the links; few commands exchange them
+
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     return rename is not None and rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
 

@@ -6,7 +6,7 @@ GPU can do (compute capability, memory, health) is the driver's to say: gpu/prob
 
 from __future__ import annotations
 
-import platform
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -58,7 +58,7 @@ def of_this_host() -> Hardware:
 
 def look(sys: Path = Path("/sys"), proc: Path = Path("/proc"), machine: str = "") -> Hardware:
     return Hardware(
-        machine or platform.machine(),
+        machine or os.uname().machine,
         _cpu_flags(proc),
         tuple(sorted(_gpus(sys), key=lambda gpu: (gpu.vendor, gpu.device))),
         _nvidia_driver(sys, proc),
@@ -105,4 +105,4 @@ def _amd_driver(sys: Path) -> str:
     """The module's version, which only AMD's own packages have; the kernel's stands for the one in the tree."""
     if not (sys / "module/amdgpu").is_dir():
         return ""
-    return _text(sys / "module/amdgpu/version") or platform.release()
+    return _text(sys / "module/amdgpu/version") or os.uname().release
