@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from tests import procs
-from tests.component.daemons import Tampered, assert_nothing_left, ends, first, quick
+from tests.component.daemons import Tampered, assert_nothing_left, ends, first, quick, stop
 from tests.harness import Instance, merged
 from tests.needs import need
 from vllmd.instance.incident import EXAMINE_S
@@ -286,10 +286,15 @@ def test_the_kill_comes_soon_and_takes_what_ignores_every_signal() -> None:
 
 def test_a_poisoned_compile_cache_is_moved_aside_once() -> None:
     words = "RuntimeError: vLLM failed to compile the model. The most likely reason is a corrupted compilation artifact."
-    with quick({"FAKE_START_S": "30", "FAKE_EXIT": "1@0.5", "FAKE_ERROR": words}) as instance:
-        cache = instance.root / "cache/vllm/torch_compile_cache"
+    with quick() as instance:
+        instance.wait_ready()
+        cache = Path(procs.environ_of(instance.launch_json()["pid"])["VLLM_CACHE_ROOT"]) / "torch_compile_cache"
+        stop(instance)
+        instance.config["engine"]["env"] |= {"FAKE_START_S": "30", "FAKE_EXIT": "1@0.5", "FAKE_ERROR": words}
+        instance.write_config()
         cache.mkdir(parents=True)
         (cache / "artifact").write_text("garbage")
+        instance.start()
         ends(instance, 70, "compile_cache_poisoned", ready=False)
         moved = list(cache.parent.glob("torch_compile_cache.bad-*"))
         assert [path.name for path in moved] == [f"torch_compile_cache.bad-{newest(instance)[0].name}"]
