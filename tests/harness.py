@@ -72,6 +72,16 @@ def merged(below: Config, above: Config) -> dict[str, Any]:
     return both
 
 
+def _carry(link: http.client.HTTPConnection, key: str) -> None:
+    plain = link.endheaders
+
+    def endheaders(*arguments: Any, **more: Any) -> None:
+        link.putheader("Authorization", f"Bearer {key}")
+        plain(*arguments, **more)
+
+    link.endheaders = endheaders  # type: ignore[method-assign]
+
+
 class Instance:
     """One instance and its root. Every method may be called again after `start`: a root outlives its daemons.
 
@@ -250,18 +260,31 @@ class Instance:
     def kill_engine(self, comm: str, number: int = SIGKILL) -> None:
         os.kill(self.engine_process(comm).pid, number)
 
-    def ask(self, path: str, body: Any = None, *, key: str = "", timeout_s: float = 30.0) -> tuple[int, str]:
-        """The engine's own HTTP: (status, body)."""
-        with contextlib.closing(self.connection(timeout_s)) as connection:
-            headers = {"content-type": "application/json", **({"authorization": f"Bearer {key}"} if key else {})}
+    def key(self) -> str:
+        """The key that the first start made; '' where there is none."""
+        try:
+            return str(json.loads((self.root / f"lib/public/{self.name}/credentials.json").read_text())["apiKey"])
+        except FileNotFoundError:
+            return ""
+
+    def ask(self, path: str, body: Any = None, *, key: str | None = None, timeout_s: float = 30.0) -> tuple[int, str]:
+        """The engine's own HTTP: (status, body). `key`: '' for none; by default the one that dependents read."""
+        with contextlib.closing(self.connection(timeout_s, key=key)) as connection:
+            headers = {"content-type": "application/json"}
             connection.request("GET" if body is None else "POST", path, None if body is None else json.dumps(body), headers)
             answer = connection.getresponse()
             return answer.status, answer.read().decode(errors="replace")
 
-    def connection(self, timeout_s: float = 30.0) -> http.client.HTTPConnection:
+    def connection(self, timeout_s: float = 30.0, *, key: str | None = None) -> http.client.HTTPConnection:
+        """With the key on each of its requests."""
+        key = self.key() if key is None else key
         if self.config["serve"].get("listen") == "uds":
-            return UnixConnection(str(self.root / f"run/sock/{self.name}.sock"), timeout_s)
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+            link: http.client.HTTPConnection = UnixConnection(str(self.root / f"run/sock/{self.name}.sock"), timeout_s)
+        else:
+            link = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout_s)
+        if key:
+            _carry(link, key)
+        return link
 
     def _marked(self) -> list[procs.Process]:
         return procs.with_environ(MARK, str(self.root))

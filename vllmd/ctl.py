@@ -41,6 +41,10 @@ def run(argv: Sequence[str]) -> int:
         from vllmd import ctl_gpu
 
         return ctl_gpu.main(rest[1:], paths)
+    if rest[:1] == ["api-key"]:
+        from vllmd import ctl_keys
+
+        return ctl_keys.main(rest[1:], paths)
     arguments = _parser().parse_args(rest)
     return _perform(arguments, paths)
 
@@ -59,6 +63,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_pause(verbs)
     _add_logs(verbs)
     _add_incidents(verbs)
+    verbs.add_parser("api-key", help="show|list|add|rotate|revoke: the keys that clients send", add_help=False)
     verbs.add_parser("engine", help="install|list|use|rollback|remove|verify: the engines of this host", add_help=False)
     verbs.add_parser("cache", help="list|clear: the caches of compiled code", add_help=False)
     verbs.add_parser("gpu", help="every GPU of this host, its owner and its health; gpu clear lifts a quarantine", add_help=False)

@@ -9,16 +9,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine
+from dataclasses import replace
 from typing import Any, assert_never
 
 from vllmd import stages
 from vllmd.core import events as ev
 from vllmd.core.lifecycle import Impossible, Life, State, step
 from vllmd.core.plan import Plan, ResolvedModel
-from vllmd.engines.protocol import Context
+from vllmd.engines.given_keys import api_keys
+from vllmd.engines.protocol import Context, Guarding
 from vllmd.errors import Status, VllmdError
 from vllmd.gpu.client import Client
 from vllmd.instance import causes, metrics, record, reload, signals
+from vllmd.instance.access import Access, NoAccess
 from vllmd.instance.board import Board
 from vllmd.instance.checking import check_host
 from vllmd.instance.clockwork import Clockwork
@@ -83,12 +86,15 @@ class Daemon:
             self.board, self.vitals, journal, self.clockwork, post=self.post, state=lambda: self.life.state, on_end=self._rebase_watch
         )
         self._publisher: Publisher | None = None
+        self.access: Access | NoAccess = NoAccess()
         self.facts = Facts(
             self.board,
             self.vitals,
             watch=lambda: self.config.watch,
             journal_dropped=lambda: journal.dropped,
             lines_dropped=lambda: self._engine.output.dropped if self._engine else 0,
+            refusals=lambda: self.access.refusals(),
+            keys=lambda: self.access.count,
         )
 
     # -- the one owner of the state
@@ -101,7 +107,7 @@ class Daemon:
         self.journal.attach(asyncio.get_running_loop())
         with InstanceLock(self.prepared.paths, self.prepared.instance):
             figures = metrics.route(self.facts)
-            control = await serve_control(self.board, figures, self.pausing)
+            control = await serve_control(self.board, figures, self.pausing, lambda: self.access)
             publisher = self._publisher = Publisher(f"vllmd-{self.prepared.instance}.prom", figures, self.journal)
             publisher.apply(self.config.metrics)
             self._task("ticks", self._ticks())
@@ -116,6 +122,7 @@ class Daemon:
                 self._cancel_all()
                 await publisher.close()
                 await control.close()
+                self.access.close()
                 self.board.close()
                 signals.deafen()
 
@@ -130,6 +137,7 @@ class Daemon:
         if selected:
             self._context = stages.context(self.prepared)
             self._plan = stages.plan(self.prepared, self._context)
+            await self._open_access(self._context)
             self.board.plan(self._plan)
             family = choose_family(self.prepared.environ)
             self._engine = EngineLife(
@@ -141,11 +149,24 @@ class Daemon:
                 journal=self.journal,
                 board=self.board,
                 clockwork=self.clockwork,
+                client_keys=lambda: self.access.client_keys,
             )
             for warning in self._plan.warnings:
                 self.journal.event("starting", warning, priority=4)
             await self._engine.sweep()
         self.post(ev.Begun(selected))
+
+    async def _open_access(self, context: Context) -> None:
+        """The keys; where the engine can want one."""
+        if self.config.serve.auth != "key":
+            return
+        if not isinstance(self.prepared.engine, Guarding):
+            self.journal.event("starting", f"the engine {self.prepared.engine.name} asks for no key, whatever serve.auth says", priority=4)
+            return
+        access = self.access = Access(self.prepared, api_keys(self.config.serve.api_key, self.prepared.environ), self.journal)
+        await access.begin()
+        held = replace(context.access, internal_key=access.internal_key, client_keys=access.client_keys)
+        self._context = replace(context, access=held)
 
     async def _turn(self) -> int:
         while self._exit is None:
@@ -373,6 +394,7 @@ class Daemon:
             self.config, waiting = taken
             self.board.set(needs_restart=list(waiting))
             self._apply_log()
+            self.access.apply(self.config.serve)
             if self._publisher is not None:
                 self._publisher.apply(self.config.metrics)
             if self._watcher is not None:  # it may sleep for an interval that was long until now

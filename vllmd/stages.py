@@ -14,7 +14,7 @@ from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
 from vllmd.core.plan import MODEL_PLACEHOLDER, Deadlines, Installed, ModelRequest, Plan
 from vllmd.engines import registry
-from vllmd.engines.protocol import Context, Engine, SettingRefused
+from vllmd.engines.protocol import GUARD_FILE, Access, Context, Engine, SettingRefused
 from vllmd.errors import ConfigError
 from vllmd.models.identity import request_from
 
@@ -55,11 +55,13 @@ def model_request(config: Config, paths: Paths) -> ModelRequest:
     return request_from(config.model, paths.models)
 
 
-def context(prepared: Prepared) -> Context:
+def context(prepared: Prepared, internal_key: str = "", client_keys: tuple[str, ...] = ()) -> Context:
     """The installed engine, looked up (nothing is run). ConfigError when there is none."""
+    guard_file = prepared.paths.instance_runtime(prepared.instance) / GUARD_FILE if prepared.config.serve.auth == "key" else ""
     with _placed(prepared.loaded):
         installed: Installed = prepared.engine.installed(prepared.config, prepared.paths, prepared.environ)
-    return Context(prepared.config, prepared.paths, prepared.instance, installed, prepared.environ)
+    access = Access(str(guard_file), internal_key, client_keys)
+    return Context(prepared.config, prepared.paths, prepared.instance, installed, prepared.environ, access)
 
 
 def deadlines(config: Config) -> Deadlines:

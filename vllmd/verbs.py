@@ -8,6 +8,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from vllmd import stages
@@ -150,6 +151,7 @@ def resolve(options: argparse.Namespace, paths: Paths) -> int:
 
 
 def serve(options: argparse.Namespace, paths: Paths) -> int:
+    from vllmd.engines.protocol import Access
     from vllmd.engines.serve_command import serve_instance
     from vllmd.models import resolve as resolver
 
@@ -159,6 +161,7 @@ def serve(options: argparse.Namespace, paths: Paths) -> int:
     with _said(options.name) as say:
         model = resolver.resolve(_request(prepared), prepared.config.model, prepared.environ, say)
         model = resolver.verified(model, _request(prepared), prepared.config.model, say)
+    where = replace(where, access=Access())  # nobody stays to keep the guard's file: the engine is told the given keys itself
     return serve_instance(where, prepared.engine, model.directory, options.rest, print_cmd=options.print_cmd, dry_run=options.dry_run)
 
 

@@ -96,6 +96,8 @@ SAMPLES: Mapping[str, str] = {
     "serve.host": "::1",
     "serve.listen": "uds",
     "serve.task": "embed",
+    "serve.auth": "none",
+    "serve.open_paths": "/health,/ping",
     "engine.args": '{"x": 1}',
     "engine.env": '{"X": "1"}',
     "engine.logging_level": "DEBUG",

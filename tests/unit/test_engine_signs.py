@@ -135,7 +135,7 @@ VECTOR = {"data": [{"embedding": [0.1, -2.0]}]}
     ],
 )
 def test_an_answer_that_proves_life(task: str, body: Any) -> None:
-    assert proofs(task, "demo", "")[0].accept(body) == ""
+    assert proofs(task, "demo", {})[0].accept(body) == ""
 
 
 @pytest.mark.parametrize(
@@ -153,7 +153,7 @@ def test_an_answer_that_proves_life(task: str, body: Any) -> None:
     ],
 )
 def test_an_answer_that_proves_nothing(task: str, body: Any) -> None:
-    assert proofs(task, "demo", "")[0].accept(body) != ""
+    assert proofs(task, "demo", {})[0].accept(body) != ""
 
 
 @given(
@@ -164,16 +164,16 @@ def test_an_answer_that_proves_nothing(task: str, body: Any) -> None:
 )
 def test_no_answer_breaks_a_proof(body: Any) -> None:
     for task in ("generate", "embed", "score", "transcribe", "none"):
-        for request in proofs(task, "demo", "key"):
+        for request in proofs(task, "demo", {"Authorization": "Bearer key"}):
             assert isinstance(request.accept(body), str)
 
 
 def test_a_headless_node_cannot_be_asked() -> None:
-    assert proofs("joined", "demo", "") == ()
+    assert proofs("joined", "demo", {}) == ()
 
 
 def test_speech_is_proved_with_a_sound_file() -> None:
-    (request,) = proofs("transcribe", "demo", "k")
+    (request,) = proofs("transcribe", "demo", {"Authorization": "Bearer k"})
     sound = request.body[request.body.index(b"RIFF") :]
     with wave.open(io.BytesIO(sound)) as read:
         assert (read.getframerate(), read.getnframes()) == (16000, 16000)

@@ -265,6 +265,19 @@ def listing(value: object) -> tuple[str, ...]:
     return tuple(_items(value))
 
 
+_URL_PATH = re.compile(r"/[A-Za-z0-9._~!$&'()+,;=:@/-]*")
+
+
+@parser("list of paths, or text with commas", **_LIST_SCHEMA)
+def url_paths(value: object) -> tuple[str, ...]:
+    """Paths as a server sees them, decoded; no patterns."""
+    found = _items(value)
+    for item in found:
+        if not _URL_PATH.fullmatch(item):
+            raise ValueError(f"has {shown(item)}; a path begins with / and is taken exactly as it stands, without patterns")
+    return tuple(dict.fromkeys(found))
+
+
 def subset(*choices: str) -> Parser:
     """Some of the choices, in the order given, each once; an unknown one is an error."""
 

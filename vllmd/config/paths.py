@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pwd
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,11 @@ class Paths:
     cache: Path
     runtime: Path
     engines: Path
+
+    @property
+    def vllmctl(self) -> str:
+        """The operator's command for these places, for a shell."""
+        return "vllmctl" + {"user": " --user", "root": f" --root {shlex.quote(str(self.config.parent))}"}.get(self.scope, "")
 
     @property
     def models(self) -> Path:

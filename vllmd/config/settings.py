@@ -109,7 +109,9 @@ class Serve:
     task: str = setting(
         "auto", p.choice("auto", "generate", "embed", "score", "transcribe", "none"), "VLLMD_TASK", "What the model is for; decides the proof of life before READY."
     )
-    api_key: str = setting("", p.one_line, "VLLM_API_KEY", "Key that clients must send (better: a systemd credential named api-key).", secret=True)
+    api_key: str = setting("", p.one_line, "VLLM_API_KEY", "A key of your own that clients may send, beside those of `vllmctl api-key` (better: a systemd credential named api-key).", secret=True)
+    auth: str = setting("key", p.choice("key", "none"), "VLLMD_AUTH", "Whether clients must send a key; without one of your own the first start makes one (`vllmctl api-key show NAME`).")
+    open_paths: tuple[str, ...] = setting(("/health", "/metrics"), p.url_paths, "VLLMD_OPEN_PATHS", "Paths that need no key; each exactly as it stands.", restart=False)
 
 
 @dataclass(frozen=True, slots=True)

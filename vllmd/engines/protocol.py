@@ -16,6 +16,9 @@ if TYPE_CHECKING:  # only the watch needs them: 20 ms of every command otherwise
     from vllmd.core.faults import Signs
     from vllmd.core.pulse import Outcome, Rank
 
+GUARD_FILE = "guard.json"
+"""In the instance's runtime directory: the sums of the keys that hold now, for the engine (Access.guard_file)."""
+
 
 class SettingRefused(ConfigError):
     """A setting that the engine cannot take. `key` is its dotted key (`engine.args.foo`), so that whoever knows the
@@ -28,6 +31,18 @@ class SettingRefused(ConfigError):
 
 
 @dataclass(frozen=True, slots=True)
+class Access:
+    """Who may ask the engine. All empty: nobody watches over keys (`vllmd serve`), and the engine is told those that are given.
+
+    `guard_file` is what engines/guard reads, kept by the supervisor while the engine runs; `internal_key` is the supervisor's own, for
+    this launch; `client_keys` are those of the moment, for an engine that cannot be guarded that way."""
+
+    guard_file: str = ""
+    internal_key: str = ""
+    client_keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Context:
     """What a plug-in decides from: parsed configuration, places, the instance's name, and the supervisor's environment."""
 
@@ -36,6 +51,7 @@ class Context:
     instance: str
     installed: Installed
     environ: Mapping[str, str]
+    access: Access = Access()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +134,14 @@ class Holding(Protocol):
     def holds(self, context: Context) -> tuple[Path, ...]:
         """Those that are locked (shared) from right before the launch to the end: its own, its caches. They are there once
         `prepare` was called."""
+
+
+@runtime_checkable
+class Guarding(Protocol):
+    """An engine that can want a key."""
+
+    def headers(self, context: Context) -> Mapping[str, str]:
+        """What the supervisor's own requests carry; {} where no key is wanted."""
 
 
 @runtime_checkable

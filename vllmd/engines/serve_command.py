@@ -20,7 +20,7 @@ from vllmd.config.paths import SYSTEM, Paths, user_paths
 from vllmd.config.settings import Config
 from vllmd.config.values import shown
 from vllmd.core.plan import Command
-from vllmd.engines import environment, record, registry, vllm_config_file
+from vllmd.engines import environment, given_keys, record, registry
 from vllmd.engines.execute import execute
 from vllmd.engines.protocol import Context, Engine, Holding, Preparing
 from vllmd.engines.vllm_check import pass_through
@@ -76,7 +76,7 @@ def main(
         return 0
     try:
         context = _context(environ, paths or _default_paths(environ))
-        keys = vllm_config_file.api_keys(environ.get("VLLM_API_KEY", ""), environ)
+        keys = given_keys.api_keys(environ.get("VLLM_API_KEY", ""), environ)
     except VllmdError as error:
         return _complain(error, _WRONG_ENVIRONMENT if error.code != "engine_missing" else _FAILED)
     try:

@@ -21,6 +21,7 @@ from vllmd.engines import (
     vllm_check,
     vllm_config_file,
     vllm_flags,
+    vllm_guard,
     vllm_host,
     vllm_logs,
     vllm_proof,
@@ -73,7 +74,7 @@ class Vllm:
         return (Endpoint("tcp", host=serve.host, port=serve.port),)
 
     def command(self, context: Context, model: str) -> Command:
-        keys = _keys(context)
+        keys = vllm_guard.told(context)
         config_path, private = _config_file(context, keys)
         argv = (
             context.installed.executable,
@@ -83,7 +84,8 @@ class Vllm:
             *tuned(context),
             *_chosen(context),
         )
-        return Command(argv, _environment(context), private, (*keys, *_secret_values(context)))
+        secrets = dict.fromkeys((*keys, *vllm_guard.all_keys(context), *_secret_values(context)))
+        return Command(argv, _environment(context), private, tuple(secrets))
 
     def prepare(self, context: Context, directory: Path) -> tuple[Path, str]:
         said = caches.begin(context)
@@ -98,8 +100,10 @@ class Vllm:
         return vllm_task.task_of(model, arguments) if wanted == "auto" else wanted
 
     def proofs(self, context: Context, task: str) -> tuple[ProofRequest, ...]:
-        keys = _keys(context)
-        return vllm_proof.proofs(task, served_name(context.config), keys[0] if keys else "")
+        return vllm_proof.proofs(task, served_name(context.config), self.headers(context))
+
+    def headers(self, context: Context) -> Mapping[str, str]:
+        return vllm_guard.headers(context)
 
     def example(self, context: Context, model: Path) -> tuple[str, Any] | None:
         return vllm_proof.example(
@@ -201,10 +205,6 @@ def _pinned(version: str, paths: Paths) -> Path:
     return program
 
 
-def _keys(context: Context) -> tuple[str, ...]:
-    return vllm_config_file.api_keys(context.config.serve.api_key, context.environ)
-
-
 def _config_file(context: Context, keys: tuple[str, ...]) -> tuple[str, dict[str, str]]:
     """Path for --config ('' for none), and the private file to write there where the user's own does not do as it is."""
     path = context.config.engine.config_file
@@ -266,7 +266,7 @@ def _chosen(context: Context) -> list[str]:
     quiet = "--disable-uvicorn-access-log"
     if quiet in installed.flags and quiet.removeprefix("--") not in vllm_check.arguments(context):
         argv.append(quiet)
-    return argv
+    return [*argv, *vllm_guard.arguments(context)]
 
 
 def _environment(context: Context) -> dict[str, str]:
@@ -289,7 +289,7 @@ def _environment(context: Context) -> dict[str, str]:
     programs = Path(context.installed.executable).parent
     toolkit = _toolkit(context, programs.parent)
     home = toolkit.get("CUDA_HOME")
-    return environment.build(
+    built = environment.build(
         context.environ,
         ours=environment.our_names(vllm_tuning.Tuning),
         given=config.engine.env,
@@ -297,6 +297,7 @@ def _environment(context: Context) -> dict[str, str]:
         fixed=fixed,
         path_first=f"{programs}:{home}/bin" if home else str(programs),
     )
+    return {**built, **vllm_guard.environment(context)}
 
 
 def _toolkit(context: Context, directory: Path) -> dict[str, str]:

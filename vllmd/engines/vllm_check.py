@@ -8,18 +8,21 @@ from typing import Any
 
 from vllmd.config.values import shown
 from vllmd.core.plan import Installed
-from vllmd.engines import environment, vllm_config_file, vllm_flags
+from vllmd.engines import environment, given_keys, vllm_config_file, vllm_flags
 from vllmd.engines.protocol import Context, SettingRefused
 from vllmd.errors import ConfigError
 
 _SUN_PATH_BYTES = 107
 """Longest name of a unix socket."""
 
+_LOOPBACK = frozenset({"127.0.0.1", "::1", "localhost"})
+
 _FLAG = re.compile(r"-{0,2}[A-Za-z][\w.-]*", re.ASCII)
 
 _FEATURES = {
     "--shutdown-timeout": "requests in flight are cut off at a stop",
     "--uds": "it cannot serve on a unix socket",
+    "--middleware": "keys guard /v1 and a few other paths only, and a change of them needs a restart",
 }
 """Flags that older versions lack -> what that means."""
 
@@ -34,7 +37,7 @@ def check(context: Context) -> list[str]:
     _refuse_gpu_count(context)
     _refuse_pickle(context)
     _refuse_environment(context.config.engine.env)
-    vllm_config_file.api_keys(context.config.serve.api_key, context.environ)
+    warnings += _access(context)
     if context.config.serve.listen == "uds":
         socket_path(context)
     return warnings
@@ -183,6 +186,19 @@ def devices(context: Context) -> int:
         return 0
     product, nodes, _ = _world(context)
     return -(-product // nodes)
+
+
+def _access(context: Context) -> list[str]:
+    serve = context.config.serve
+    given = given_keys.api_keys(serve.api_key, context.environ)
+    if serve.auth == "key":
+        return []
+    if given:
+        what = "no key is asked for, and one is given (serve.api_key, or the credential api-key)"
+        raise SettingRefused("auth_contradiction", "serve.auth", what, "remove `auth: none`, or the key")
+    if serve.listen == "uds" or serve.host in _LOOPBACK:
+        return []
+    return [f"serve.auth: none: whoever reaches {serve.host}:{serve.port} may use every path"]
 
 
 def _refuse_pickle(context: Context) -> None:

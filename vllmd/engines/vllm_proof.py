@@ -19,9 +19,8 @@ _SAMPLE_RATE_HZ = 16000
 Builder = Callable[[str, Mapping[str, str]], tuple[ProofRequest, ...]]
 
 
-def proofs(task: str, served_name: str, api_key: str) -> tuple[ProofRequest, ...]:
+def proofs(task: str, served_name: str, headers: Mapping[str, str]) -> tuple[ProofRequest, ...]:
     """The requests for a task, in order of preference; () for one that cannot be asked (a headless node)."""
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     builder = _BUILDERS.get(task)
     return builder(served_name, headers) if builder else ()
 

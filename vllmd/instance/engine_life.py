@@ -18,7 +18,7 @@ from vllmd.config.redact import redact_argv, redact_text
 from vllmd.config.settings import Log
 from vllmd.core import events as ev
 from vllmd.core.plan import Command, Plan, ResolvedModel
-from vllmd.engines.protocol import Context, Engine, Holding, Preparing, ProofRequest
+from vllmd.engines.protocol import Context, Engine, Guarding, Holding, Preparing, ProofRequest
 from vllmd.errors import EngineFailed, TryLater
 from vllmd.instance import record
 from vllmd.instance.board import Board, now_text
@@ -59,6 +59,7 @@ class EngineLife:
         journal: Journal | Stderr,
         board: Board,
         clockwork: Clockwork,
+        client_keys: Callable[[], tuple[str, ...]] = tuple,
     ) -> None:
         self.engine = engine
         self.plan = plan
@@ -69,6 +70,7 @@ class EngineLife:
         self._board = board
         self._state = context.paths.instance_state(plan.instance)
         self._secrets: tuple[str, ...] = plan.command.secrets
+        self._client_keys = client_keys  # they change while it runs
         self._configured = show.secrets(context.config)  # also what the command is not told, and an engine may find and print
         self.output = Output(engine, journal, self._redacted, self._heard)
         self.start = StartWatch(plan.deadlines, clockwork, family.cpu_s)
@@ -91,6 +93,7 @@ class EngineLife:
             proof_timeout_s=context.config.start.proof_timeout_s,
             listeners=ports.listeners_of,
             is_ours=family.contains,
+            headers=engine.headers(context) if isinstance(engine, Guarding) else {},
         )
 
     async def sweep(self) -> None:
@@ -264,8 +267,13 @@ class EngineLife:
         sample = self.engine.example(self.context, self._model.directory)
         if sample is not None:
             path, body = sample
-            text = example(self.plan.endpoints[0], json.dumps(body), path, with_key=bool(self._secrets))
+            text = example(self.plan.endpoints[0], json.dumps(body), path, key=self._key_words())
             self._journal.event("", f"try: {text}", priority=5)
+
+    def _key_words(self) -> str:
+        if not self.probe.headers:
+            return ""
+        return f"$({self.context.paths.vllmctl} api-key show {self.plan.instance})" if self._client_keys() else "$VLLM_API_KEY"
 
     # -- end
 
@@ -327,5 +335,10 @@ class EngineLife:
         words = {"engine_exit": exit_status, "phase": self._board.document["phase"], "lines": list(self.output.lines)[-20:]}
         return words | ({"unkillable": [each.as_dict() for each in self._stuck]} if self._stuck else {})
 
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What is taken out of everything that is kept or shown."""
+        return (*self._secrets, *self._configured, *self._client_keys())
+
     def _redacted(self, text: str) -> str:
-        return redact_text(text, (*self._secrets, *self._configured))
+        return redact_text(text, self.secrets)

@@ -27,6 +27,7 @@ class Heartbeat:
         self._engine = engine
         self._endpoint = probe.endpoint
         self._health_path = probe.health_path
+        self._headers = probe.headers
         self._family = family
         self.last = b""
         """The last answer as it came, for the evidence of a failure; the beginning of it where it is longer than KEPT_BYTES."""
@@ -40,7 +41,7 @@ class Heartbeat:
     async def _ask(self, timeout_s: float) -> tuple[Outcome, Mapping[str, Rank]]:
         engine = self._engine
         if not isinstance(engine, Beating):
-            answer = await request(self._endpoint, "GET", self._health_path, timeout_s=timeout_s)
+            answer = await request(self._endpoint, "GET", self._health_path, headers=self._headers, timeout_s=timeout_s)
             return ("absent", {}) if answer.outcome == "answered" and answer.status != 503 else (_outcome(answer), {})
         reading = engine.heartbeat()
         kept = bytearray()
@@ -50,7 +51,7 @@ class Heartbeat:
             reading.feed(piece)
 
         limit = engine.heartbeat_limit_bytes
-        answer = await request(self._endpoint, "GET", engine.heartbeat_path, timeout_s=timeout_s, limit_bytes=limit, sink=feed)
+        answer = await request(self._endpoint, "GET", engine.heartbeat_path, headers=self._headers, timeout_s=timeout_s, limit_bytes=limit, sink=feed)
         self.last = bytes(kept) or self.last
         return reading.result() if answer.outcome == "answered" and answer.status == 200 else (_outcome(answer), {})
 
@@ -58,7 +59,7 @@ class Heartbeat:
         """The path that says why it stands still; '' where none does."""
         engine = self._engine
         paths = engine.excuses if isinstance(engine, Beating) else ()
-        answers = await asyncio.gather(*(request(self._endpoint, "GET", path, timeout_s=EXCUSE_TIMEOUT_S) for path in paths))
+        answers = await asyncio.gather(*(request(self._endpoint, "GET", path, headers=self._headers, timeout_s=EXCUSE_TIMEOUT_S) for path in paths))
         return next((path for path, answer in zip(paths, answers, strict=True) if _says_true(answer)), "")
 
     def _front(self) -> tuple[float, frozenset[str]]:

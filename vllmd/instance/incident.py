@@ -149,7 +149,7 @@ class Examiner:
         summary["took_s"] = round(time.monotonic() - began, 3)
         # What the others have left of the time: a disk that is slow now takes it in two seconds, and there is no second chance.
         left_s = max(WRITE_S, EXAMINE_S - RESERVE_S - (time.monotonic() - began))
-        await self._write(ident, sheets, cause, list(engine.output.lines), summary, config, left_s)
+        await self._write(ident, sheets, cause, list(engine.output.lines), summary, config, left_s, engine.secrets)
         self._tell(cause, final, ident if self.examined.incident else "")
         return final
 
@@ -233,10 +233,10 @@ class Examiner:
 
     # -- writing
 
-    async def _write(self, ident: str, sheets: list[Sheet], cause: Cause, lines: Sequence[str], summary: dict[str, Any], config: Config, left_s: float) -> None:
+    async def _write(self, ident: str, sheets: list[Sheet], cause: Cause, lines: Sequence[str], summary: dict[str, Any], config: Config, left_s: float, secrets: tuple[str, ...]) -> None:
         folder, keep = self._state / incident_store.FOLDER, config.watch.keep_incidents
         loaded = replace(self._prepared.loaded, config=config)
-        facts = Material(cause, lines, sheets, loaded, self._vitals.gpus, self._vitals.exposition.decode(errors="replace"))
+        facts = Material(cause, lines, sheets, loaded, self._vitals.gpus, self._vitals.exposition.decode(errors="replace"), secrets)
 
         def work() -> str:
             return incident_store.write(folder, ident, parts(facts), plain_summary(summary, loaded), keep=keep)

@@ -35,11 +35,13 @@ class Material:
     loaded: Loaded
     gpus: Mapping[str, Any] | None
     metrics: str
+    secrets: Sequence[str] = ()
+    """Beside those of the configuration: keys that were made, or came as credentials."""
 
 
 def parts(material: Material) -> list[Part]:
     """What tells most comes first."""
-    redact = redactor(show.secrets(material.loaded.config))
+    redact = redactor((*show.secrets(material.loaded.config), *material.secrets))
     sheets = [Part(each.name, _clean(each.text, redact), each.note) for each in material.sheets]
     return [
         Part("cause.txt", _clean(_cause(material.cause), redact)),

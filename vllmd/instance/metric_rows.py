@@ -57,6 +57,9 @@ _ROWS = (
     _counter("verdicts", "Verdicts of the watch; result: acted (ended the instance), observed or paused (would have)", "detector", "result"),
     _counter("engine_process_deaths", "Processes of the engine that ended while it was ready, helpers included"),
     _gauge("paused", "1 while the watch is paused (vllmctl pause)"),
+    # Keys.
+    _gauge("api_keys", "Keys that clients may send; 0: none is asked for"),
+    _counter("requests_refused", "Requests that the engine's guard refused: no key, one that cannot be read, a wrong one, or its keys cannot be read (503)", "reason"),
     # Failures, over all lives of the instance.
     _counter("failures", "Failures of the instance over all its lives, by cause", "cause"),
     _gauge("last_failure_time_seconds", "When the instance last failed of that cause (Unix time)", "cause"),

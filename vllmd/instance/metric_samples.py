@@ -13,6 +13,7 @@ from vllmd.config.detectors import DETECTORS
 from vllmd.config.settings import Watch
 from vllmd.core.lifecycle import State
 from vllmd.core.pulse import Outcome
+from vllmd.engines.guard.vllmd_guard import REASONS
 from vllmd.instance.board import Board
 from vllmd.instance.vitals import Vitals
 from vllmd.system.host import private_memory_bytes
@@ -35,6 +36,8 @@ class Facts:
     failures: Mapping[str, int] = field(default_factory=dict)
     failed_at: Mapping[str, object] = field(default_factory=dict)
     """By cause, over all lives, as they were at the supervisor's start: its own failure is counted by the next one."""
+    refusals: Callable[[], Mapping[str, int]] = dict
+    keys: Callable[[], int] = int
 
 
 def unix_time(value: object) -> float | None:
@@ -52,6 +55,9 @@ def samples(facts: Facts) -> Iterator[Sample]:
     yield from _instance(facts.board)
     yield from _start(facts.board)
     yield from _watch(facts.vitals, facts.watch())
+    yield "vllmd_api_keys", {}, facts.keys()
+    for reason, count in {**dict.fromkeys(REASONS, 0), **facts.refusals()}.items():
+        yield "vllmd_requests_refused_total", {"reason": reason}, count
     yield from _failures(facts)
     yield "vllmd_dropped_total", {"what": "journal"}, facts.journal_dropped()
     yield "vllmd_dropped_total", {"what": "engine_lines"}, facts.lines_dropped()

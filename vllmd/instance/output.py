@@ -69,9 +69,9 @@ class Output:
         return ""
 
 
-def example(endpoint: Endpoint, body: str, path: str, *, with_key: bool) -> str:
-    """A curl that can be pasted."""
-    key = " -H 'Authorization: Bearer '\"$VLLM_API_KEY\"" if with_key else ""
+def example(endpoint: Endpoint, body: str, path: str, *, key: str) -> str:
+    """A curl that can be pasted. `key`: shell words that give one ('' where none is wanted)."""
+    key = f" -H \"Authorization: Bearer {key}\"" if key else ""
     target = f"http://{endpoint.reachable_host}:{endpoint.port}"
     if ":" in endpoint.reachable_host:
         target = f"http://[{endpoint.reachable_host}]:{endpoint.port}"

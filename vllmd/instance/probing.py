@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllmd.core.plan import Endpoint
@@ -32,13 +32,15 @@ class Probe:
     proof_timeout_s: float
     listeners: Callable[[Endpoint], Sequence[Listener]]
     is_ours: Callable[[Listener], bool]
+    headers: Mapping[str, str] = field(default_factory=dict)
+    """Of every request of ours, a key among them."""
 
 
 async def healthy(probe: Probe, say: Callable[[str], None]) -> float:
     """Waits for 200 on /health from a listener of our own; returns when it came (monotonic). PortRefused if somebody else
     answers. `say` hears what /health does instead: an engine that answers 401 for ever starts for ever."""
     while True:
-        answer = await request(probe.endpoint, "GET", probe.health_path, timeout_s=HEALTH_TIMEOUT_S)
+        answer = await request(probe.endpoint, "GET", probe.health_path, headers=probe.headers, timeout_s=HEALTH_TIMEOUT_S)
         if answer.outcome == "answered" and answer.status == 200:
             seen = time.monotonic()
             check_listener(probe)

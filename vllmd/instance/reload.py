@@ -54,7 +54,8 @@ def compare(old: Config, new: Config) -> Changes:
 
 def apply_live(old: Config, new: Config) -> Config:
     """The old configuration with the sections that a running instance can take over."""
-    return replace(old, watch=new.watch, log=new.log, metrics=new.metrics)
+    serve = replace(old.serve, open_paths=new.serve.open_paths)
+    return replace(old, watch=new.watch, log=new.log, metrics=new.metrics, serve=serve)
 
 
 def _has_other_engine(fresh: Prepared, running: str) -> bool:

@@ -171,7 +171,7 @@ class Watch:
         while True:
             now = self._settings()
             await _sleep(min(now.interval_s, REFUSED_INTERVAL_S) if refusals.count else now.interval_s, self._wake_health)
-            answer = await request(self._probe.endpoint, "GET", self._probe.health_path, timeout_s=now.request_timeout_s)
+            answer = await request(self._probe.endpoint, "GET", self._probe.health_path, headers=self._probe.headers, timeout_s=now.request_timeout_s)
             if answer.outcome == "answered":
                 self._liveness.answered()
                 self._unreadable.healthy()
@@ -198,7 +198,7 @@ class Watch:
         """A helper that ended normally leaves /health at 200; EngineCore or a Worker makes it 503 within 0.3 s, for ever."""
         refused = 0
         while time.monotonic() < self._dead[-1].at + DEATH_LOOKS_FOR_S:
-            answer = await request(self._probe.endpoint, "GET", self._probe.health_path, timeout_s=DEATH_LOOKS_FOR_S)
+            answer = await request(self._probe.endpoint, "GET", self._probe.health_path, headers=self._probe.headers, timeout_s=DEATH_LOOKS_FOR_S)
             refused = refused + 1 if answer.outcome == "answered" and answer.status == 503 else 0
             if refused >= DEATH_REFUSALS:
                 self._judge.reach("death", _died(self._dead), event="engine-died")

@@ -125,7 +125,7 @@ class ControlServer(HttpServer):
 
     def _route(self, path: str, method: bytes, content: bytes, writer: asyncio.StreamWriter) -> Reply:
         action = self._actions.get(path)
-        if action is None:
+        if action is None or (method != b"POST" and path in self._routes):
             return super()._route(path, method, content, writer)
         if method != b"POST":
             return 405, "text/plain", b"only POST\n"

@@ -203,6 +203,32 @@ MESSAGES: dict[str, Kind] = {
         "The configuration was read again, but the settings that the message names are in force only after\n"
         f"`systemctl restart {_UNIT}`, which interrupts serving.",
     ),
+    "key-made": Kind(
+        "dc7bc7147d324d53906e079dd794de3d",
+        "Instance @VLLMD_INSTANCE@ has a new API key",
+        "Clients must send a key (serve.auth), and there was none: neither one that was made before, nor serve.api_key or a\n"
+        "credential api-key. So one was made. `vllmctl api-key show @VLLMD_INSTANCE@` prints it; programs of this host read it in\n"
+        "public/@VLLMD_INSTANCE@/credentials.json of the state directory. Where there had been one, its file is lost: clients need the new one.",
+    ),
+    "keys-changed": Kind(
+        "80d27fe9307c48a3bb60a8846afdee1c",
+        "The API keys of instance @VLLMD_INSTANCE@ were changed",
+        "Somebody made, replaced or revoked a key with `vllmctl api-key`; the message says which, and who. A running engine\n"
+        "goes by it at once. Nothing needs to be done.",
+    ),
+    "keys-taken": Kind(
+        "a09cef1350114f56ba3b6b148ce60144",
+        "The engine of instance @VLLMD_INSTANCE@ goes by other API keys",
+        "The keys of `vllmctl api-key` were read again, without a restart; the message names those that hold. Keys that the\n"
+        "configuration gives hold besides.\nNothing needs to be done.",
+    ),
+    "keys-refused": Kind(
+        "287935e21ff64605b1d1ffac19399449",
+        "The changed API keys of instance @VLLMD_INSTANCE@ were not taken over",
+        "keys.json of the instance cannot be read, or is not what it should be; the message says where and why. The engine goes by\n"
+        "the keys that it had. Correct the file, or remove it (the next start makes a new key), and\n"
+        f"`systemctl reload {_UNIT}`.",
+    ),
     "leftovers-swept": Kind(
         "5844fe9d033c41e3aa737923d401934b",
         "An earlier life of instance @VLLMD_INSTANCE@ left processes, which were ended",

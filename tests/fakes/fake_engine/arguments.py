@@ -30,6 +30,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--model")
     parser.add_argument("--headless", action="store_true")
     for name in VALUES:
+        if name == "middleware":
+            parser.add_argument("--middleware", action="append", default=[])
+            continue
         parser.add_argument(f"--{name}", nargs="+" if name in ("served-model-name", "api-key") else None)
     parser.add_argument("-tp", dest="tensor_parallel_size")
     parser.add_argument("-pp", dest="pipeline_parallel_size")

@@ -58,6 +58,9 @@ class Handler(BaseHTTPRequestHandler):
         self.site.stand_still()
         path = self.path.partition("?")[0]
         self.body = self.rfile.read(int(self.headers.get("content-length") or 0))
+        refused = self.site.middleware.answer(self.command, self.path, self.headers.items())
+        if refused is not None:
+            return self.reply(refused.body, refused.status)
         try:
             if path.startswith(GUARDED) and not self.allowed():
                 return self.reply({"error": "Unauthorized"}, 401)

@@ -21,6 +21,7 @@ from . import processes
 from .arguments import normal, number, parse
 from .handler import Handler
 from .litter import drop_litter
+from .middleware import Stack
 from .modes import Modes, Timed, from_environ
 from .output import Output, die, start_fault
 from .serving import Site, read_config, task_of
@@ -140,7 +141,7 @@ class ApiServer:
         task = task_of(model, self.modes.task, self.options.runner)
         self.output.log(f"Supported tasks: ['{task}']", place="entry.py:136")
         name = names[0] if isinstance(names, list) else names or model
-        return Site(name, model, max_len, tuple(self.options.api_key or ()), task, self.modes, self.served, self.output)
+        return Site(name, model, max_len, tuple(self.options.api_key or ()), Stack(self.options.middleware), task, self.modes, self.served, self.output)
 
     def listen(self) -> None:
         mode = self.modes.listen.word

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .middleware import Stack
 from .modes import Modes
 from .output import Output
 from .state import Served
@@ -32,6 +33,7 @@ class Site:
     model: str
     max_len: int
     api_keys: tuple[str, ...]
+    middleware: Stack
     task: str
     modes: Modes
     served: Served
