@@ -14,12 +14,21 @@ import pytest
 
 from tests import procs
 from tests.component.daemons import assert_nothing_left, ends, quick, stop
-from tests.harness import MARK, Instance
+from tests.harness import MARK, Instance, flags
+from vllmd.engines import record
 
 pytestmark = pytest.mark.component
 
 KEY = "sk-this-key-must-be-seen-nowhere"
 PRIVATE = "engine-config.yaml"
+
+
+def without_middleware(instance: Instance) -> Instance:
+    """An engine of a version that has no --middleware: it is told the keys itself, in a private file."""
+    directory = instance.root / "engines/vllm-0.32.0-fake"
+    names, alone = flags()
+    record.write(directory, record.Record("0.32.0", "cpu", tuple(name for name in names if name != "--middleware"), alone))
+    return instance
 
 
 def keyed(how: str, fake: dict[str, str] | None = None) -> Instance:
@@ -41,13 +50,16 @@ def test_the_api_key_guards_the_engine_and_is_seen_nowhere(how: str) -> None:
         body = {"model": "tiny", "prompt": "Hello", "max_tokens": 1}
         assert instance.ask("/v1/completions", body)[0] == 401
         assert instance.ask("/v1/completions", body, key=KEY)[0] == 200
-        private = instance.runtime / PRIVATE
-        assert KEY in private.read_text()
-        assert stat.S_IMODE(private.stat().st_mode) == 0o600
+        assert instance.ask("/tokenize", {"prompt": "Hello"})[0] == 401
+        assert not (instance.runtime / PRIVATE).exists(), "vLLM itself is told no key"
+        assert instance.key() == "", "with a key of one's own none is made"
+        guard = instance.runtime / "guard.json"
+        assert stat.S_IMODE(guard.stat().st_mode) == 0o600
+        assert not list(seen_in_files(instance, how))
         assert not list(seen_in_processes(instance, how))
         assert KEY not in instance.control("/status")[1] + instance.control("/metrics")[1]
         stop(instance)
-        assert not private.exists()
+        assert not guard.exists()
         assert not list(seen_in_files(instance, how))
 
 
@@ -91,8 +103,22 @@ def test_secrets_of_flags_and_of_our_own_environment_are_taken_out_as_well() -> 
             assert token.encode() not in content, path
 
 
+def test_a_vllm_without_middleware_is_told_the_keys_in_a_private_file() -> None:
+    with without_middleware(keyed("credential")) as instance:
+        instance.wait_ready()
+        assert "keys guard /v1" in instance.log()
+        body = {"model": "tiny", "prompt": "Hello", "max_tokens": 1}
+        assert [instance.ask("/v1/completions", body, key=key)[0] for key in ("", KEY)] == [401, 200]
+        private = instance.runtime / PRIVATE
+        assert KEY in private.read_text()
+        assert stat.S_IMODE(private.stat().st_mode) == 0o600
+        assert not list(seen_in_processes(instance, "credential"))
+        stop(instance)
+        assert not list(seen_in_files(instance, "credential"))
+
+
 def test_a_private_file_of_a_killed_supervisor_is_replaced_and_removed() -> None:
-    with keyed("file") as instance:
+    with without_middleware(keyed("file")) as instance:
         instance.wait_ready()
         instance.signal(9)
         instance.wait_exit()
@@ -106,7 +132,7 @@ def test_a_private_file_of_a_killed_supervisor_is_replaced_and_removed() -> None
 
 
 def test_a_link_in_the_place_of_the_private_file_is_not_followed() -> None:
-    instance = keyed("file")
+    instance = without_middleware(keyed("file"))
     target = instance.root / "target"
     instance.runtime.mkdir(parents=True)
     (instance.runtime / PRIVATE).symlink_to(target)
@@ -119,7 +145,6 @@ def test_a_link_in_the_place_of_the_private_file_is_not_followed() -> None:
 # The environment
 
 BENT = {
-    "PYTHONPATH": "/nowhere",
     "PYTHONHOME": "",
     "LD_PRELOAD": "",
     "LISTEN_FDS": "1",
@@ -151,10 +176,11 @@ def test_the_engine_gets_what_is_allowed_and_nothing_else() -> None:
     instance = quick()
     instance.config["engine"]["env"] |= {"FAKE_DUMP": str(instance.root / "dump"), "MY_OWN": "yes"}
     instance.write_config()
-    instance.env |= {name: value for name, value in BENT.items() if value} | ALLOWED
+    instance.env |= {"PYTHONPATH": "/nowhere"} | {name: value for name, value in BENT.items() if value} | ALLOWED
     with instance:
         instance.wait_ready()
         environ = dumped(instance)["environ"]
+        assert Path(environ["PYTHONPATH"]).name == "guard", "ours, with one module in it; none that was inherited"
         assert not {name for name in (*BENT, "NOTIFY_SOCKET") if name in environ}
         assert {name: environ.get(name) for name in ALLOWED} == ALLOWED
         assert environ["MY_OWN"] == "yes"
