@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,15 @@ def held(pid: int) -> tuple[list[str], int, int]:
     return sorted(kinds), len(list(Path(f"/proc/{pid}/task").iterdir())), len(procs.in_session(pid))
 
 
+def quiet(pid: int) -> tuple[list[str], int, int]:
+    """The least of half a second: a reload reads the keys in a thread of its own."""
+    seen = []
+    for _ in range(25):
+        seen.append(held(pid))
+        time.sleep(0.02)
+    return min(seen, key=lambda each: (each[1], len(each[0])))
+
+
 def private_kib(pid: int) -> int:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Private_"))
@@ -64,7 +74,7 @@ def test_a_long_life_needs_no_more_descriptors_threads_or_memory(rounds: int) ->
     with quick(config={"watch": {"interval_s": 0.02}, "log": {"level": "error"}}) as instance:
         instance.wait_ready()
         exercise(instance, 20)
-        before, memory = held(instance.pid), private_kib(instance.pid)
+        before, memory = quiet(instance.pid), private_kib(instance.pid)
         exercise(instance, rounds)
         # a probe that is under way holds a connection
         procs.wait_until("as much as before", lambda: held(instance.pid) == before)

@@ -6,7 +6,10 @@ import asyncio
 import contextlib
 import json
 import os
+import shlex
+import shutil
 import signal
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -273,7 +276,12 @@ class EngineLife:
     def _key_words(self) -> str:
         if not self.probe.headers:
             return ""
-        return f"$({self.context.paths.vllmctl} api-key show {self.plan.instance})" if self._client_keys() else "$VLLM_API_KEY"
+        if not self._client_keys():
+            return "$VLLM_API_KEY"
+        beside, command = Path(sys.argv[0]).with_name("vllmctl"), self.context.paths.vllmctl
+        if shutil.which("vllmctl") is None and beside.exists():  # run from a source tree
+            command = command.replace("vllmctl", shlex.quote(str(beside.absolute())), 1)
+        return f"$({command} api-key show {self.plan.instance})"
 
     # -- end
 

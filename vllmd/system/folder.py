@@ -79,10 +79,13 @@ class Folder:
             return None
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path / name)) from None
-        with open(descriptor, "rb", closefd=True) as stream:
+        try:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                 raise OSError(errno.EINVAL, "not a regular file", str(self.path / name))
-            content = stream.read(limit_bytes + 1)
+            with open(descriptor, "rb", closefd=False) as stream:
+                content = stream.read(limit_bytes + 1)
+        finally:
+            os.close(descriptor)
         if len(content) > limit_bytes:
             raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes", str(self.path / name))
         return content
