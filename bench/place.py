@@ -113,7 +113,7 @@ class Place:
         """JSON is YAML. One section replaces or adds to another."""
         base: dict[str, Any] = {
             "model": {"path": str(self.model)},
-            "serve": {"port": self.port, "served_model_name": "tiny"},
+            "serve": {"port": self.port, "served_model_name": "tiny", "auth": "none"},  # as the bare engine beside it
             "gpus": "none",
             "engine": {"env": {}},
         }
