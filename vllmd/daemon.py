@@ -160,10 +160,12 @@ class Daemon:
         """The keys; where the engine can want one."""
         if self.config.serve.auth != "key":
             return
-        if not isinstance(self.prepared.engine, Guarding):
-            self.journal.event("starting", f"the engine {self.prepared.engine.name} asks for no key, whatever serve.auth says", priority=4)
+        engine = self.prepared.engine
+        if not isinstance(engine, Guarding):
+            self.journal.event("starting", f"the engine {engine.name} asks for no key, whatever serve.auth says", priority=4)
             return
-        access = self.access = Access(self.prepared, api_keys(self.config.serve.api_key, self.prepared.environ), self.journal)
+        given = api_keys(self.config.serve.api_key, self.prepared.environ)
+        access = self.access = Access(self.prepared, given, self.journal, is_guarded=engine.guards(context))
         await access.begin()
         held = replace(context.access, internal_key=access.internal_key, client_keys=access.client_keys)
         self._context = replace(context, access=held)

@@ -6,6 +6,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.component
 
 KEY = "sk-this-key-must-be-seen-nowhere"
 PRIVATE = "engine-config.yaml"
+VLLMCTL = Path(sys.executable).parent / "vllmctl"
 
 
 def without_middleware(instance: Instance) -> Instance:
@@ -113,8 +116,18 @@ def test_a_vllm_without_middleware_is_told_the_keys_in_a_private_file() -> None:
         assert KEY in private.read_text()
         assert stat.S_IMODE(private.stat().st_mode) == 0o600
         assert not list(seen_in_processes(instance, "credential"))
+        assert not (instance.runtime / "guard.json").exists()
+        done = subprocess.run([VLLMCTL, "--root", instance.root, "api-key", "add", "demo", "web"], capture_output=True, text=True, check=True)
+        assert "not in force" in done.stderr
+        assert "restart" in done.stderr
+        web = done.stdout.strip()
+        assert instance.ask("/v1/completions", body, key=web)[0] == 401
         stop(instance)
         assert not list(seen_in_files(instance, "credential"))
+        instance.start()
+        instance.wait_state("ready")
+        assert [instance.ask("/v1/completions", body, key=key)[0] for key in (KEY, web, "")] == [200, 200, 401]
+        stop(instance)
 
 
 def test_a_private_file_of_a_killed_supervisor_is_replaced_and_removed() -> None:

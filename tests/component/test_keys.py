@@ -72,7 +72,12 @@ def test_credentials_that_were_lost_or_led_elsewhere_are_written_again(tmp_path:
     paths = root_paths(tmp_path)
     made = keys.ensure(paths, "demo", wanted=True)
     file, elsewhere = paths.state / "public/demo/credentials.json", tmp_path / "elsewhere"
-    for spoil in (file.unlink, lambda: file.chmod(0o644), lambda: file.write_text("{}"), lambda: (file.unlink(), file.symlink_to(elsewhere))):
+
+    def lead_elsewhere() -> None:
+        file.unlink()
+        file.symlink_to(elsewhere)
+
+    for spoil in (file.unlink, lambda: file.chmod(0o644), lambda: file.write_text("{}"), lead_elsewhere):
         spoil()
         assert keys.ensure(paths, "demo", wanted=True).ring == made.ring
         assert public(tmp_path) == made.ring.values[0]

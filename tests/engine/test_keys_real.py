@@ -84,7 +84,7 @@ def routes(kind: Kind, served: Instance) -> list[tuple[str, str, list[str]]]:
     python = str(kind.executable.parent / "python")
     done = subprocess.run([python, "-c", LIST_ROUTES], env=env, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return [tuple(each) for each in json.loads(done.stdout.splitlines()[-1])]  # type: ignore[misc]
+    return [tuple(each) for each in json.loads(done.stdout.splitlines()[-1])]
 
 
 def path_of(route: str) -> str:

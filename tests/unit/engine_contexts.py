@@ -10,7 +10,7 @@ from typing import Any
 from vllmd.config import layers
 from vllmd.config.paths import root_paths
 from vllmd.core.plan import Installed
-from vllmd.engines.protocol import Context
+from vllmd.engines.protocol import GUARD_FILE, Access, Context
 from vllmd.engines.vllm_tuning import Tuning
 
 _KNOWN = """
@@ -18,7 +18,7 @@ _KNOWN = """
     --data-parallel-size-local --api-key --config --shutdown-timeout --enable-prefix-caching --no-enable-prefix-caching --kv-cache-dtype --max-model-len
     --max-num-batched-tokens --max-num-seqs --override-generation-config --gpu-memory-utilization --enforce-eager --no-enforce-eager --dtype
     --headless --compilation-config -cc --middleware --lora-modules --disable-uvicorn-access-log --no-disable-uvicorn-access-log --runner --convert
-    --nnodes --model-impl --portable --optimization-level
+    --grpc --grpc-port --nnodes --model-impl --portable --optimization-level
 """
 FLAGS = frozenset(_KNOWN.split())
 
@@ -49,3 +49,10 @@ def context(
         read_files=False,
     )
     return Context(loaded.config, root_paths(root), "demo", installed(**engine), environ or {})
+
+
+def guarded(root: Path, *arguments: Any, client_keys: tuple[str, ...] = (), **engine: Any) -> Context:
+    """As `context`, of an instance that `vllmd run` supervises."""
+    where = context(root, *arguments, **engine)
+    access = Access(str(where.paths.instance_runtime("demo") / GUARD_FILE), "internal-key", client_keys)
+    return replace(where, access=access)

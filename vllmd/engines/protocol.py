@@ -140,6 +140,9 @@ class Holding(Protocol):
 class Guarding(Protocol):
     """An engine that can want a key."""
 
+    def guards(self, context: Context) -> bool:
+        """Whether engines/guard stands before all of its paths, so that a change of the keys needs no restart."""
+
     def headers(self, context: Context) -> Mapping[str, str]:
         """What the supervisor's own requests carry; {} where no key is wanted."""
 

@@ -102,6 +102,9 @@ class Vllm:
     def proofs(self, context: Context, task: str) -> tuple[ProofRequest, ...]:
         return vllm_proof.proofs(task, served_name(context.config), self.headers(context))
 
+    def guards(self, context: Context) -> bool:
+        return vllm_guard.is_guarded(context)
+
     def headers(self, context: Context) -> Mapping[str, str]:
         return vllm_guard.headers(context)
 

@@ -192,6 +192,8 @@ def _access(context: Context) -> list[str]:
     serve = context.config.serve
     given = given_keys.api_keys(serve.api_key, context.environ)
     if serve.auth == "key":
+        if context.access.guard_file:
+            _refuse_other_servers(context)
         return []
     if given:
         what = "no key is asked for, and one is given (serve.api_key, or the credential api-key)"
@@ -199,6 +201,21 @@ def _access(context: Context) -> list[str]:
     if serve.listen == "uds" or serve.host in _LOOPBACK:
         return []
     return [f"serve.auth: none: whoever reaches {serve.host}:{serve.port} may use every path"]
+
+
+def _refuse_other_servers(context: Context) -> None:
+    """Servers of vLLM that know no ASGI: a middleware is never asked there, and every path would be open."""
+    path = context.config.engine.config_file
+    entries = {vllm_flags.canonical(vllm_flags.dashed(key), context.installed.flags).lstrip("-"): value for key, value in vllm_config_file.read(path)[0].items()} if path else {}
+    given = {**entries, **arguments(context)}
+    found = [(f"engine.args.{name}", f"--{name}") for name in ("grpc", "grpc-port") if given.get(name) not in (None, False)]
+    name = "VLLM_USE_RUST_FRONTEND"
+    env = context.config.engine.env
+    if env.get(name, context.environ.get(name, "0")).strip() not in ("", "0"):
+        found.append((f"engine.env.{name}" if name in env else name, name))
+    for key, what in found:
+        reason = f"{what} starts a server that no middleware guards: it would answer without a key"
+        raise SettingRefused("server_unguarded", key, reason, "remove it, or set serve.auth: none and guard the instance by other means")
 
 
 def _refuse_pickle(context: Context) -> None:

@@ -33,9 +33,10 @@ _COUNT_BYTES = 256
 
 
 class Access:
-    """`given` are the keys that a person gave in the configuration."""
+    """`given` are the keys that a person gave in the configuration. An engine that is not guarded knows the keys of its start only."""
 
-    def __init__(self, prepared: Prepared, given: tuple[str, ...], journal: Journal | Stderr) -> None:
+    def __init__(self, prepared: Prepared, given: tuple[str, ...], journal: Journal | Stderr, *, is_guarded: bool) -> None:
+        self._is_guarded = is_guarded
         self._paths = prepared.paths
         self._instance = prepared.instance
         self._journal = journal
@@ -78,7 +79,8 @@ class Access:
     def apply(self, serve: Serve) -> None:
         """A configuration that was read again; the keys are looked at as well."""
         self._serve = serve
-        self._look()
+        if self._is_guarded:
+            self._look()
 
     def _look(self) -> None:
         if self._refresh is None or self._refresh.done():
@@ -113,6 +115,8 @@ class Access:
 
     def _write(self) -> None:
         """In the runtime directory, which is memory: it cannot block."""
+        if not self._is_guarded:
+            return
         everyone = (self._own, *self._given, *self._held.ring.keys)
         write_atomic(self._directory / GUARD_FILE, keys.guard_document(everyone, self._serve.open_paths), mode=0o600, fsync=False)
 
@@ -120,6 +124,8 @@ class Access:
 
     def post(self, _body: bytes, _peer: Peer) -> Reply:
         """POST /keys: vllmctl has changed keys.json. GET /keys says when it is in force."""
+        if not self._is_guarded:
+            return 409, "application/json", json.dumps({"error": "this vLLM has no --middleware, and takes keys at its start only: restart it"}).encode()
         self._look()
         return 202, "application/json", b"{}"
 
