@@ -17,7 +17,7 @@ from tests.component.daemons import quick, stop
 from tests.needs import need
 from tests.procs import wait_until
 from vllmd.config.paths import Paths, root_paths
-from vllmd.core.keyring import DEFAULT, Ring, add
+from vllmd.core.keyring import DEFAULT, Ring, add, document
 from vllmd.errors import ConfigError, StorageFailed, VllmdError
 from vllmd.instance import keys
 from vllmd.system.folder import Folder
@@ -269,6 +269,18 @@ def test_what_stands_in_the_place_of_a_file_is_never_written_through(theirs: Pat
         assert place.is_file()
         assert not place.is_symlink()
     assert (secret.read_text(), secret.stat().st_uid, stat.S_IMODE(secret.stat().st_mode)) == ("root:x", 0, 0o600)
+
+
+def test_keys_are_not_read_through_a_link(theirs: Paths, tmp_path: Path) -> None:
+    """Else root would publish what another file holds."""
+    elsewhere = tmp_path / "elsewhere.json"
+    elsewhere.write_text(document(Ring((keys.new_key(DEFAULT),))))
+    (theirs.state / "instances/demo").mkdir()
+    (theirs.state / "instances/demo/keys.json").symlink_to(elsewhere)
+    for act in (lambda: keys.read(theirs, "demo"), lambda: keys.ensure(theirs, "demo", wanted=True)):
+        with pytest.raises(StorageFailed):
+            act()
+    assert not (theirs.state / "public").exists()
 
 
 def test_nothing_is_lost_when_many_change_the_keys_at_once(tmp_path: Path) -> None:

@@ -329,3 +329,11 @@ def test_it_has_no_syntax_that_python_3_9_lacks() -> None:
     source = Path(str(vllmd_guard.__file__)).read_text()
     ast.parse(source, feature_version=(3, 9))
     assert {path.name for path in vllm_guard._DIRECTORY.glob("*.py")} == {"__init__.py", "vllmd_guard.py"}, "all that the engine finds there"
+
+
+def test_a_key_of_any_length_costs_no_more_than_one_of_512(file: Path, asked: Asked) -> None:
+    """What is longer is not even hashed."""
+    longest = "k" * 512
+    write(file, longest, longest + "k")
+    assert asked.ask([(b"authorization", f"Bearer {longest}".encode())]) == 200
+    assert asked.ask([(b"authorization", f"Bearer {longest}k".encode())]) == 401
