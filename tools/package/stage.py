@@ -1,0 +1,141 @@
+"""The files of the packages, where they will lie, below one directory: what nfpm then packs.
+
+    root/        as on the host                       config/    what a person may change
+    documents/   what the rpm lists as documentation    scripts/   maintainer scripts, filled in
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from tools.package import complete, legal, man, vendor, wheels
+from tools.package.wheels import CHECKOUT, PYTHONS
+
+COMMANDS = {
+    "vllmd": "vllmd.cli:main",
+    "vllmctl": "vllmd.ctl:main",
+    "vllm-preflight": "vllmd.cli:preflight_main",
+    "vllm-resolve-model": "vllmd.cli:resolve_main",
+    "vllm-serve": "vllmd.cli:serve_main",
+}
+"""As in pyproject.toml; a test compares them."""
+DATADIR = "/usr/share/vllmd"
+FILES = {
+    "units/vllmd@.service": "usr/lib/systemd/system/vllmd@.service",
+    "units/vllmd-gpu.service": "usr/lib/systemd/system/vllmd-gpu.service",
+    "units/vllmd.target": "usr/lib/systemd/system/vllmd.target",
+    "units/vllmd.catalog": "usr/lib/systemd/catalog/vllmd.catalog",
+    "units/sysusers.d/vllmd.conf": "usr/lib/sysusers.d/vllmd.conf",
+    "units/tmpfiles.d/vllmd.conf": "usr/lib/tmpfiles.d/vllmd.conf",
+    "units/polkit-1/vllmd.rules": "usr/share/polkit-1/rules.d/50-vllmd.rules",
+}
+"""One place for each file; the trees below go where they are named."""
+TREES = {"share": DATADIR.lstrip("/")}
+_TEXTS = {"@BINDIR@": "/usr/bin", "@DATADIR@": DATADIR}
+
+
+def stage(into: Path, arch: str, program: str, epoch: int) -> None:
+    """`program` names the directory of this version's modules: a running supervisor keeps its own through an upgrade."""
+    root = into / "root"
+    _program(root / "usr/lib/vllmd" / program, arch)
+    _commands(root / "usr/bin", f"/usr/lib/vllmd/{program}")
+    for source, target in FILES.items():
+        _place(CHECKOUT / source, root / target)
+    for tree, target in TREES.items():
+        for path in sorted(path for path in (CHECKOUT / tree).rglob("*") if path.is_file()):
+            _place(path, root / target / path.relative_to(CHECKOUT / tree))
+    complete.write(root)
+    _documents(into / "documents", epoch)
+    legal.write(into / "documents/doc/copyright", root / "usr/lib/vllmd" / program / _SITE, epoch)
+    _config(into / "config")
+    _scripts(into / "scripts", program)
+    settle(into, epoch)
+
+
+# -- the program
+
+_SITE = "lib/python3/site-packages"
+
+
+def _program(program: Path, arch: str) -> None:
+    """A virtual environment without a Python of its own: the distribution's runs it, and sees nothing else of the host's modules."""
+    site = program / _SITE
+    site.mkdir(parents=True)
+    vendor.unpack(wheels.fetched(arch).glob("*.whl"), site)
+    vendor.check_extensions(site, PYTHONS)
+    shutil.copytree(CHECKOUT / "vllmd", site / "vllmd", ignore=shutil.ignore_patterns("__pycache__"))
+    (program / "bin").mkdir()
+    (program / "bin/python3").symlink_to("../../../../bin/python3")
+    (program / "pyvenv.cfg").write_text("home = /usr/bin\ninclude-system-site-packages = false\n")
+    for python in PYTHONS:
+        (program / f"lib/python{python}").symlink_to("python3")
+
+
+def _commands(bindir: Path, program: str) -> None:
+    bindir.mkdir(parents=True)
+    for name, entry in COMMANDS.items():
+        module, _, function = entry.partition(":")
+        command = bindir / name
+        command.write_text(f"#!{program}/bin/python3 -I\nimport sys\n\nfrom {module} import {function}\n\nsys.exit({function}())\n")
+        command.chmod(0o755)
+
+
+# -- everything else
+
+
+def _place(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    text = source.read_text()
+    for mark, value in _TEXTS.items():
+        text = text.replace(mark, value)
+    target.write_text(text)
+
+
+def _documents(documents: Path, epoch: int) -> None:
+    for path in [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").iterdir())]:
+        _place(path, documents / "doc" / path.name)
+    (documents / "doc/NEWS.md.gz").write_bytes(gzip.compress((CHECKOUT / "NEWS.md").read_bytes(), 9, mtime=0))
+    _place(CHECKOUT / "etc/demo.yaml.example", documents / "examples/demo.yaml")
+    _place(CHECKOUT / "packaging/lintian-overrides", documents / "lintian-overrides")
+    man.write(documents / "man", epoch)
+
+
+def documents(staged: Path) -> Iterator[tuple[str, str]]:
+    """Each document, below the staged directory, and where it will lie."""
+    for kind, target in (("doc", "/usr/share/doc/vllmd"), ("examples", "/usr/share/doc/vllmd/examples"), ("man", "/usr/share/man")):
+        top = staged / "documents" / kind
+        for path in sorted(path for path in top.rglob("*") if path.is_file()):
+            yield str(path.relative_to(staged)), f"{target}/{path.relative_to(top)}"
+
+
+def _config(config: Path) -> None:
+    _place(CHECKOUT / "etc/vllmd.yaml", config / "etc/vllmd/vllmd.yaml")
+    _place(CHECKOUT / "packaging/default", config / "etc/default/vllmd")
+
+
+def _scripts(scripts: Path, program: str) -> None:
+    functions = (CHECKOUT / "packaging/scripts/functions.sh").read_text().replace("@PROGRAM@", program)
+    for path in sorted((CHECKOUT / "packaging/scripts").glob("*/*")):
+        target = scripts / path.relative_to(CHECKOUT / "packaging/scripts")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(f"{functions}\n{path.read_text()}")
+        target.chmod(0o755)
+
+
+def settle(top: Path, epoch: int) -> None:
+    """Modes and times depend on neither the umask nor the hour of the build."""
+    for path in _below(top):
+        if not path.is_symlink():
+            path.chmod(0o755 if path.is_dir() or path.stat().st_mode & 0o100 else 0o644)
+        os.utime(path, (epoch, epoch), follow_symlinks=False)
+
+
+def _below(top: Path) -> Iterator[Path]:
+    for path in top.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            yield from _below(path)
+        yield path
