@@ -2,7 +2,7 @@
 
 SHELL := /bin/sh
 .DEFAULT_GOAL := help
-.PHONY: help setup engine run test bench soak lint install uninstall clean
+.PHONY: help setup engine run test bench soak lint packages install uninstall clean
 
 # Slow downloads (the engine, container trees) are kept here, outside of the tree: a fresh clone need not repeat them.
 ifneq ($(XDG_CACHE_HOME),)
@@ -45,6 +45,10 @@ bench: ## measure the figures side by side with what one would otherwise use
 lint: ## ruff and mypy
 	@tools/setup.sh venv
 	@.venv/bin/ruff check . && .venv/bin/mypy
+
+packages: ## dist/*.deb and *.rpm, for amd64 and arm64, reproducibly (ARGS='--arch amd64 --kind deb')
+	@tools/setup.sh venv
+	@.venv/bin/python -m tools.package $(ARGS)
 
 install: ## install on this host (root): program, units, /etc/vllmd
 	@tools/install.sh

@@ -61,6 +61,8 @@ python_packages() {
 test_packages() {
     # The stubs of the GPU driver's libraries are built.
     has cc || echo gcc libc6-dev
+    # What judges the packages, and the shells whose completions are tried.
+    for tool in lintian rpmlint zsh fish; do has $tool || echo $tool; done
     [ "$(id -u)" -eq 0 ] || return 0
     has debootstrap || echo debootstrap
     has systemd-nspawn || echo systemd-container

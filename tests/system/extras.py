@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from tests.system import tree
+from tests.system.tree import _cached, _run
 
 EXTRAS = ("libpam-systemd", "polkitd", "rpm")
 
@@ -13,13 +14,13 @@ EXTRAS = ("libpam-systemd", "polkitd", "rpm")
 def extra_packages() -> Path:
     """A directory with the .deb files of EXTRAS and of all they need beyond the container's tree."""
     release = tree.suite()
-    return tree.cached(f"debs-{release}", repr((release, EXTRAS, tree.PACKAGES, "2")), lambda into: _fetch(into, release))
+    return _cached(f"debs-{release}", repr((release, EXTRAS, tree.PACKAGES, "2")), lambda into: _fetch(into, release))
 
 
 def _fetch(into: Path, release: str) -> None:
     scratch = into / "scratch"
     wanted = ",".join((*tree.PACKAGES, *EXTRAS))
-    tree.run(["debootstrap", "--variant=minbase", "--download-only", f"--include={wanted}", release, str(scratch)])
+    _run(["debootstrap", "--variant=minbase", "--download-only", f"--include={wanted}", release, str(scratch)])
     have = (tree.debian_tree() / "var/lib/dpkg/status").read_text()
     for deb in (scratch / "var/cache/apt/archives").glob("*.deb"):
         if f"\nPackage: {deb.name.split('_')[0]}\n" not in f"\n{have}":

@@ -171,7 +171,6 @@ def test_installation_without_network_makes_a_host_that_serves(machine: Host) ->
 
 
 def test_every_vendored_module_imports_with_the_distribution_s_python(machine: Host) -> None:
-    optional = (OPTIONAL_ONE := ())
     done = machine.run(f"{LIB}/{OLD}/bin/python3", "-I", "-c", IMPORT_ALL, *ELSEWHERE, timeout_s=120)
     assert int(done.out.split()[-1]) > 500
 
@@ -266,7 +265,7 @@ def test_purge_leaves_only_models(machine: Host) -> None:
     assert machine.container.processes("vllmd") == {}
     assert "kept: /var/lib/vllmd/models" in said
     left = machine.shell("find / -xdev -iname '*vllmd*' ! -path '/proc/*' ! -path '/sys/*' ! -path '/mnt/*' ! -path '/root/*' ! -path '/tmp/*' ! -path '/srv/*' ! -path '/var/log/*' ! -path '/run/*' ! -path '/var/lib/polkit*'").out
-    assert left.split() == ["/var/lib/vllmd"]
+    assert [path for path in left.split() if not path.startswith("/var/lib/vllmd/models/")] == ["/var/lib/vllmd"]
     assert machine.shell("ls /var/lib/vllmd").out.split() == ["backups", "models"]
     assert machine.run("systemctl", "list-unit-files", "vllmd*", check=False).out.count("vllmd") == 0
 

@@ -47,7 +47,7 @@ def debian_tree() -> Path:
     """The root file system of the containers: nothing but Debian, never changed."""
     release = suite()
     recipe = repr((release, PACKAGES, MASKED, "3"))
-    return cached(f"tree-{release}", recipe, lambda into: _debootstrap(into, release))
+    return _cached(f"tree-{release}", recipe, lambda into: _debootstrap(into, release))
 
 
 def wheelhouse() -> Path:
@@ -55,10 +55,10 @@ def wheelhouse() -> Path:
     project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())
     wanted = [*project["project"]["dependencies"], *project["build-system"]["requires"], "wheel"]
     python = SUITES[suite()]
-    return cached("wheels", repr((python, sorted(wanted))), lambda into: _download(into, wanted, python))
+    return _cached("wheels", repr((python, sorted(wanted))), lambda into: _download(into, wanted, python))
 
 
-def cached(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
+def _cached(name: str, recipe: str, build: Callable[[Path], None]) -> Path:
     cache = cache_directory()
     cache.mkdir(parents=True, exist_ok=True)
     target = cache / f"{name}-{hashlib.sha256(recipe.encode()).hexdigest()[:12]}"
@@ -84,7 +84,7 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _debootstrap(into: Path, release: str) -> None:
     # In a mount namespace of its own: a killed debootstrap leaves /proc mounted in the tree that is then to be removed.
-    run(["unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", release, str(into)])
+    _run(["unshare", "--mount", "debootstrap", "--variant=minbase", f"--include={','.join(PACKAGES)}", release, str(into)])
     for masked in MASKED:
         (into / "etc/systemd/system" / masked).symlink_to("/dev/null")
     for waste in ("var/cache/apt/archives", "var/lib/apt/lists"):
@@ -94,10 +94,10 @@ def _debootstrap(into: Path, release: str) -> None:
 
 def _download(into: Path, wanted: list[str], python: str) -> None:
     choice = ["--only-binary=:all:", "--implementation=cp", f"--python-version={python}"]
-    run([sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(into), *choice, *wanted])
+    _run([sys.executable, "-m", "pip", "download", "--quiet", "--dest", str(into), *choice, *wanted])
 
 
-def run(argv: list[str]) -> None:
+def _run(argv: list[str]) -> None:
     done = subprocess.run(argv, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False, stdin=subprocess.DEVNULL)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(argv)}: exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")

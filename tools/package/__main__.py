@@ -58,13 +58,12 @@ def build(wanted: Build) -> list[Path]:
 
 
 def description(kind: str, staged: Path) -> str:
-    """packaging/nfpm.yaml with a row for each document: an rpm lists them as such, a .deb must not (nfpm would drop them)."""
+    """packaging/nfpm.yaml with a row for each staged file."""
     told = yaml.safe_load((CHECKOUT / "packaging/nfpm.yaml").read_text())
-    more = {"type": "doc"} if kind == "rpm" else {}
-    told["contents"] += [{"src": source, "dst": target, **more} for source, target in stage.documents(staged)]
+    told["contents"] += stage.rows(staged, kind)
     if kind == "rpm":  # for a .deb nfpm would write lines of any length, and no signature with a date
         told["changelog"] = "changelog.yaml"
-    return yaml.safe_dump(told, sort_keys=False)
+    return yaml.dump(told, Dumper=getattr(yaml, "CSafeDumper", yaml.SafeDumper), sort_keys=False)
 
 
 def maintainer() -> str:

@@ -72,7 +72,7 @@ def parser_of(run: Run, words: Sequence[str]) -> argparse.ArgumentParser:
         raise _Caught(self)
 
     before = argparse.ArgumentParser.parse_args
-    argparse.ArgumentParser.parse_args = catch  # type: ignore[method-assign,assignment]
+    argparse.ArgumentParser.parse_args = catch  # type: ignore[method-assign]
     try:
         run([*words, "--help"])
     except _Caught as caught:
@@ -89,7 +89,9 @@ def commands() -> tuple[Command, ...]:
 
 
 def _command(run: Run, words: tuple[str, ...], text: str, parser: argparse.ArgumentParser) -> Command:
-    options, arguments, verbs = [], [], []
+    options: list[argparse.Action] = []
+    arguments: list[argparse.Action] = []
+    verbs: list[Command] = []
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             verbs += _verbs(run, words, action)

@@ -10,7 +10,7 @@ import gzip
 import os
 import shutil
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from tools.package import complete, legal, man, vendor, wheels
 from tools.package.wheels import CHECKOUT, PYTHONS
@@ -104,12 +104,33 @@ def _documents(documents: Path, epoch: int) -> None:
     man.write(documents / "man", epoch)
 
 
-def documents(staged: Path) -> Iterator[tuple[str, str]]:
-    """Each document, below the staged directory, and where it will lie."""
-    for kind, target in (("doc", "/usr/share/doc/vllmd"), ("examples", "/usr/share/doc/vllmd/examples"), ("man", "/usr/share/man")):
-        top = staged / "documents" / kind
-        for path in sorted(path for path in top.rglob("*") if path.is_file()):
-            yield str(path.relative_to(staged)), f"{target}/{path.relative_to(top)}"
+# -- the rows of nfpm's description
+
+_OWNED = ("/usr/lib/vllmd", "/usr/share/vllmd", "/usr/share/doc/vllmd")
+"""Directories that go with the package; others belong to other packages."""
+_RPM_PLACES = {"/usr/share/zsh/vendor-completions": "/usr/share/zsh/site-functions"}
+
+
+def rows(staged: Path, kind: str) -> list[dict[str, object]]:
+    found = list(_rows(staged / "root", "", ""))
+    doc = "doc" if kind == "rpm" else ""  # nfpm leaves files of this type out of a .deb
+    for part, target in (("doc", "/usr/share/doc/vllmd"), ("examples", "/usr/share/doc/vllmd/examples"), ("man", "/usr/share/man")):
+        found += _rows(staged / "documents" / part, target, doc)
+    for row in found if kind == "rpm" else ():
+        for place, here in _RPM_PLACES.items():
+            row["dst"] = str(row["dst"]).replace(place, here)
+    directories = {str(parent) for row in found for parent in PurePosixPath(str(row["dst"])).parents if str(parent).startswith(_OWNED)}
+    made: list[dict[str, object]] = [{"dst": path, "type": "dir", "file_info": {"mode": 0o755}} for path in sorted(directories)]
+    return made + found
+
+
+def _rows(top: Path, target: str, kind: str) -> Iterator[dict[str, object]]:
+    for path in sorted(path for path in _below(top) if path.is_symlink() or path.is_file()):
+        place = f"{target}/{path.relative_to(top)}"
+        if path.is_symlink():
+            yield {"src": str(path.readlink()), "dst": place, "type": "symlink"}
+        else:
+            yield {"src": str(path), "dst": place, **({"type": kind} if kind else {})}
 
 
 def _config(config: Path) -> None:
