@@ -105,6 +105,7 @@ def test_a_hung_engine_is_looked_at_while_it_still_hangs(cgroup: bool) -> None:
         waits = (folder / "waits.txt").read_text()
         assert f"=== {core} VLLM::EngineCor" in waits
         assert "State: T (stopped)" in waits
+        assert summary["heartbeat_age_s"] >= 1, "how long it had stood still when it was found"
         assert "VLLM::Worker" in (folder / "processes.txt").read_text()
         if cgroup:
             assert "cpu.stat" in (folder / "cgroup.txt").read_text()

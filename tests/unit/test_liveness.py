@@ -70,6 +70,7 @@ def test_work_without_movement_is_a_hang_after_the_timeout_and_not_before() -> N
     (at, finding), *more = watched.found
     assert (at - last, finding.code, more) == (60, "engine_hung", [])
     assert "60 s" in finding.what
+    assert finding.still_s == 60
     assert "2 requests running and 1 waiting" in finding.what
 
 

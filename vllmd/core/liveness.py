@@ -45,12 +45,13 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """`detector`: hang or canary. `code` is the failure's; the texts are for people."""
+    """`detector`: hang or canary. `code` is the failure's; the texts are for people. `still_s`: how long it has stood still with work."""
 
     detector: Literal["hang", "canary"]
     code: Literal["engine_hung", "engine_unhealthy"]
     what: str
     hint: str
+    still_s: float = 0.0
 
 
 class Liveness:
@@ -186,8 +187,8 @@ class Liveness:
             what += f" ({alive} of {len(self.pulses)} ranks are well)"
         if not pulse.moved:
             hint = "a first request that compiles for longer needs watch.first_request_timeout_s"
-            return Finding("hang", "engine_hung", what + "; it had not moved since its start", hint)
-        return Finding("hang", "engine_hung", what, "a step that rightly takes longer needs watch.hang_timeout_s")
+            return Finding("hang", "engine_hung", what + "; it had not moved since its start", hint, pulse.still_s)
+        return Finding("hang", "engine_hung", what, "a step that rightly takes longer needs watch.hang_timeout_s", pulse.still_s)
 
     def _which(self, name: str) -> str:
         return f"'s rank {name}" if len(self.pulses) > 1 else ""

@@ -145,7 +145,7 @@ class Examiner:
         coming = known.next(now_text(), cause.code, mark, ident)
         final = faults.again(cause.failure, coming.count, coming.since)
         self.examined = Examined(final, coming)
-        summary = {"schema": 1, "id": ident, "instance": self._prepared.instance, **told(final, facts, coming, self._board, self._vitals)}
+        summary = {"schema": 1, "id": ident, "instance": self._prepared.instance, **told(final, facts, coming, self._board, self._vitals, began)}
         summary["took_s"] = round(time.monotonic() - began, 3)
         # What the others have left of the time: a disk that is slow now takes it in two seconds, and there is no second chance.
         left_s = max(WRITE_S, EXAMINE_S - RESERVE_S - (time.monotonic() - began))

@@ -78,10 +78,11 @@ def _cause(cause: Cause) -> str:
     return "\n".join(lines) + "\n"
 
 
-def told(final: Failure, facts: Facts, coming: Occurrence, board: Board, vitals: Vitals) -> dict[str, Any]:
-    """The summary, but for the incident's name."""
+def told(final: Failure, facts: Facts, coming: Occurrence, board: Board, vitals: Vitals, began: float) -> dict[str, Any]:
+    """The summary, but for the incident's name. `began`: when it was noticed, so that the look at it makes nothing older."""
     document = board.document
     noticed = facts.failure
+    age_s = vitals.heartbeat_age_at(began)
     return {
         "at": coming.at,
         "code": final.code,
@@ -103,7 +104,7 @@ def told(final: Failure, facts: Facts, coming: Occurrence, board: Board, vitals:
         "model": document["model"],
         "engine": document["engine"],
         "versions": {"vllmd": __version__, "python": platform.python_version(), "kernel": platform.release()},
-        "heartbeat_age_s": vitals.heartbeat_age_s,
+        "heartbeat_age_s": None if age_s is None else round(age_s, 3),
         "running": vitals.running,
         "waiting": vitals.waiting,
     }

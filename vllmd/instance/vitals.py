@@ -37,4 +37,7 @@ class Vitals:
     @property
     def heartbeat_age_s(self) -> float | None:
         """Seconds of stillness with work to do; None while nothing is known."""
-        return None if self.heartbeat_at is None else max(0.0, time.monotonic() - self.heartbeat_at)
+        return self.heartbeat_age_at(time.monotonic())
+
+    def heartbeat_age_at(self, at: float) -> float | None:
+        return None if self.heartbeat_at is None else max(0.0, at - self.heartbeat_at)

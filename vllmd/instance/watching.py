@@ -117,7 +117,8 @@ class Watch:
         if sample.outcome == "ok":
             vitals.running = sum(rank.running for rank in sample.ranks.values())
             vitals.waiting = sum(rank.waiting for rank in sample.ranks.values())
-            vitals.heartbeat_at = sample.at - self._liveness.still[0]
+            # A verdict begins everything anew, also where it ends nothing: its own figure is the one to tell.
+            vitals.heartbeat_at = sample.at - max(self._liveness.still[0], finding.still_s if finding else 0.0)
         self._unreadable.heard(sample.outcome)
         if finding is not None:
             await self._find(finding)
