@@ -101,6 +101,45 @@ def test_a_live_rank_does_not_hide_a_dead_one() -> None:
     assert "1 of 2 ranks are well" in finding.what
 
 
+@pytest.mark.parametrize("every", [3, 30])
+def test_a_dead_rank_that_some_readings_lack_is_found(every: int) -> None:
+    """It was forgotten with each of them, and began anew when it was shown again."""
+    watched = Watched()
+    for beat in range(400):
+        if beat > 10 and beat % every == 0:
+            watched.read(1, r0=busy(beat))
+        else:
+            watched.read(1, r0=busy(beat), r1=busy(min(beat, 5)))
+    at, finding = watched.found[0]
+    assert "rank 1" in finding.what
+    assert at <= 6 + 60 * every / (every - 2) + every, "only the time between two readings that show it counts"
+
+
+def test_a_dead_rank_is_found_though_some_readings_show_no_rank_at_all() -> None:
+    watched = Watched()
+    moving(watched)
+    for _ in range(4):
+        watched.read(29, r0=busy(104))
+        watched.read(1, "absent")
+    assert watched.codes == ["engine_hung"]
+    assert watched.found[0][0] <= 5 + 60 + 3 * 2
+
+
+def test_a_rank_that_stays_away_is_given_up_and_gets_no_verdict_and_no_request() -> None:
+    """Elastic data parallelism takes ranks away; 300 s are longer than a reading can lack one by accident."""
+    watched = Watched()
+    gone: list[tuple[str, ...]] = []
+    for beat in range(10):
+        watched.read(1, r0=busy(beat), r1=busy(beat))
+    for beat in range(10, 400):
+        watched.read(1, r0=busy(beat))
+        assert watched.liveness.due(watched.now) == []
+        gone += [watched.liveness.gone] * bool(watched.liveness.gone)
+    assert gone == [("1",)]
+    assert set(watched.liveness.pulses) == {"0"}
+    assert watched.found == []
+
+
 def test_the_first_request_may_take_longer() -> None:
     watched = Watched()
     watched.read(5, r0=IDLE)
@@ -447,21 +486,22 @@ OUTCOMES: list[Outcome] = ["ok", "absent", "sleeping", "503", "error", "invalid"
 
 @given(st.lists(st.tuples(st.sampled_from(OUTCOMES), st.integers(0, 3), st.integers(0, 2), st.floats(0.02, 20)), max_size=80))
 def test_no_verdict_without_an_unbroken_stillness(readings: list[tuple[Outcome, int, int, float]]) -> None:
-    """Whatever is read: a stall is only ever found when the readings of hang_s before it were good, busy and all the same."""
+    """Whatever is read: a stall is only ever found when the readings of hang_s before it, those that nobody could read left out, were good, busy and all the same."""
     liveness, now = Liveness(Limits(10, 10, 1e9, 0, 3), 0, 0), 0.0
-    same_since: float | None = None
+    still = read_at = 0.0
     last: Rank | None = None
+    whole = False
     for outcome, beats, running, step in readings:
         now += step
         rank = Rank(beats, running)
         finding = liveness.scraped(Sample(now, now, outcome, {"0": rank} if outcome == "ok" else {}, now, stopped=False))
         if outcome == "ok":
-            same_since = same_since if rank == last and same_since is not None else now
-            last = rank
-        elif outcome in ("timeout", "reset", "sleeping", "absent"):
-            same_since = None
+            still = 0.0 if rank != last else still + (now - read_at if whole else 0.0)
+            last, read_at, whole = rank, now, True
+        elif outcome in ("timeout", "reset", "absent", "sleeping"):
+            whole, still = False, 0.0 if outcome == "sleeping" else still
         if finding is not None:
             assert outcome == "ok"
             assert running
-            assert same_since is not None
-            assert now - same_since >= 10 - 1e-6
+            assert still >= 10 - 1e-6
+            whole, still = False, 0.0

@@ -61,6 +61,8 @@ class Liveness:
         self.limits = limits
         self.pulses: dict[str, Pulse] = {}
         self.outcome: str = ""
+        self.gone: tuple[str, ...] = ()
+        """Ranks that the last reading gave up: not shown for longer than a first request may take."""
         self._silence: Silence | None = None
         self._looked = at
         self._boot = boot
@@ -85,8 +87,7 @@ class Liveness:
         if self._silence is not None:
             self._silence.skip(gap)
         for pulse in self.pulses.values():
-            pulse.contiguous, pulse.canary = False, None
-            pulse.proof_at += gap
+            pulse.skip(gap)
 
     def rebase(self, at: float) -> None:
         """Every clock begins anew; proofs of life on their way mean nothing any more."""
@@ -116,6 +117,8 @@ class Liveness:
             yield self._silence.quiet_since + self.limits.hang_s - SILENT_TIMEOUT_MIN_S + FLOOR_S  # the last question ends when the time is up
             yield self._silence.quiet_since + self.limits.hang_s
         for name, pulse in self.pulses.items():
+            if pulse.absent_since is not None:
+                continue
             if pulse.rank.has_work:
                 if self.limits.hang_s and self.outcome == "ok":
                     yield pulse.at + self._limit(pulse) - pulse.still_s
@@ -139,7 +142,7 @@ class Liveness:
         self._silence = None
 
     def scraped(self, sample: Sample) -> Finding | None:
-        self.outcome = sample.outcome
+        self.outcome, self.gone = sample.outcome, ()
         if sample.outcome in SILENT:
             return self._silent(sample)
         if sample.outcome != "refused":
@@ -148,7 +151,7 @@ class Liveness:
             case "ok":
                 return self._read(sample)
             case "absent":
-                self._alone(sample.at)
+                self._alone(sample)
             case "sleeping":
                 self.rebase(sample.at)
                 for pulse in self.pulses.values():
@@ -156,23 +159,34 @@ class Liveness:
         return None
 
     def _read(self, sample: Sample) -> Finding | None:
-        self.pulses = {name: pulse for name, pulse in self.pulses.items() if name in sample.ranks}
+        self._miss(sample, {*sample.ranks})
+        if ALONE not in sample.ranks:
+            self.pulses.pop(ALONE, None)
         for name, rank in sample.ranks.items():
             pulse = self.pulses.get(name)
             if pulse is None:
                 self.pulses[name] = Pulse(rank, sample.at, sample.at)
             else:
                 pulse.take(rank, sample.at)
-        for name, pulse in self.pulses.items():
+        for name in sample.ranks:
+            pulse = self.pulses[name]
             finding = self._stalled(name, pulse) or self._expired(name, pulse, sample)
             if finding is not None:
                 pulse.rebase(sample.at)
                 return finding
         return None
 
-    def _alone(self, at: float) -> None:
-        if set(self.pulses) != {ALONE}:
-            self.pulses = {ALONE: Pulse(Rank(0.0), at, at)}
+    def _miss(self, sample: Sample, shown: set[str]) -> None:
+        """What was known of a rank stays for a while: one reading without it made a dead one new, and so immortal."""
+        patience_s = max(self.limits.hang_s, self.limits.first_s)
+        self.gone = tuple(name for name, pulse in self.pulses.items() if name not in {*shown, ALONE} and pulse.miss(sample.at) > patience_s)
+        for name in self.gone:
+            del self.pulses[name]
+
+    def _alone(self, sample: Sample) -> None:
+        self._miss(sample, set())
+        if not self.pulses:
+            self.pulses = {ALONE: Pulse(Rank(0.0), sample.at, sample.at)}
 
     def _limit(self, pulse: Pulse) -> float:
         return self.limits.hang_s if pulse.moved else max(self.limits.first_s, self.limits.hang_s)
@@ -183,7 +197,7 @@ class Liveness:
         rank = pulse.rank
         what = f"the engine{self._which(name)} has not moved for {pulse.still_s:.0f} s, with {rank.running:.0f} requests running and {rank.waiting:.0f} waiting"
         if len(self.pulses) > 1:
-            alive = sum(other.still_s == 0 for other in self.pulses.values())
+            alive = sum(other.still_s == 0 and other.absent_since is None for other in self.pulses.values())
             what += f" ({alive} of {len(self.pulses)} ranks are well)"
         if not pulse.moved:
             hint = "a first request that compiles for longer needs watch.first_request_timeout_s"

@@ -79,6 +79,8 @@ class Pulse:
     canary: Canary | None = None
     next_canary_at: float = 0.0
     failed: int = 0
+    absent_since: float | None = None
+    """Since which reading the engine has shown other ranks, and not this one."""
 
     def take(self, rank: Rank, at: float) -> None:
         old, self.rank = self.rank, rank
@@ -90,7 +92,7 @@ class Pulse:
             self.still_s += at - self.at
         elif not rank.has_work:
             self.still_s = 0.0
-        self.at, self.settled, self.contiguous = at, self.contiguous, True
+        self.at, self.settled, self.contiguous, self.absent_since = at, self.contiguous, True, None
         if self.canary is not None:
             self.canary.worked |= rank.has_work or rank.succeeded > old.succeeded
 
@@ -102,6 +104,20 @@ class Pulse:
         if rank.succeeded > old.succeeded or (rank.has_work or old.has_work):
             self.proof_at, self.failed = at, 0
             self.moved |= rank.beats > old.beats
+
+    def miss(self, at: float) -> float:
+        """A reading without it: nobody knows whether it moved. Returns for how long there have been only such."""
+        self.contiguous = self.settled = False
+        if self.canary is not None:
+            self.canary.blind = True
+        self.absent_since = at if self.absent_since is None else self.absent_since
+        return at - self.absent_since
+
+    def skip(self, seconds: float) -> None:
+        """We stood still for so long, and saw nothing."""
+        self.contiguous, self.canary = False, None
+        self.proof_at += seconds
+        self.absent_since = None if self.absent_since is None else self.absent_since + seconds
 
     def rebase(self, at: float) -> None:
         self.still_s, self.contiguous, self.canary, self.proof_at, self.failed = 0.0, False, None, at, 0

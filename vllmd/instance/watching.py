@@ -120,6 +120,8 @@ class Watch:
             # A verdict begins everything anew, also where it ends nothing: its own figure is the one to tell.
             vitals.heartbeat_at = sample.at - max(self._liveness.still[0], finding.still_s if finding else 0.0)
         self._unreadable.heard(sample.outcome)
+        for rank in self._liveness.gone:
+            self._journal.event("heartbeat-unreadable", f"the engine's metrics no longer show its rank {rank}: it is not watched any more", priority=4)
         if finding is not None:
             await self._find(finding)
         if self._proofs and not vitals.paused:
