@@ -155,6 +155,24 @@ def test_steps_that_hang_cost_what_they_would_have_found_and_not_the_incident() 
         assert "ValueError: no room" in (folder / "engine.log").read_text()
 
 
+SLOW_CAUSES = """
+import threading, time
+import vllmd.instance.causes as module
+real = module.read
+def read(directory):
+    if threading.current_thread().name == "vllmd-blocking":
+        time.sleep(60)
+    return real(directory)
+module.read = read
+"""
+
+
+def test_a_record_of_earlier_failures_that_hangs_costs_no_cause() -> None:
+    with Tampered.quick(SLOW_CAUSES, fake={"FAKE_START_S": "30", "FAKE_EXIT": "1@0.5", "FAKE_ERROR": "SafetensorError: Error while deserializing header: x"}) as instance:
+        ends(instance, 65, "bad_model", ready=False)
+        assert newest(instance)[1]["took_s"] < EXAMINE_S
+
+
 SLOW_WRITE = """
 import time
 import vllmd.instance.incident_store as module

@@ -38,6 +38,8 @@ from vllmd.system.threads import in_thread
 
 EXAMINE_S, FIND_S, GATHER_S, DECIDE_S, CACHE_S, WRITE_S = 5.0, 0.5, 2.4, 0.5, 0.4, 1.0
 """The whole, and its steps one after the other."""
+KNOWN_S = 1.0
+"""What earlier lives have left, read while the evidence is gathered."""
 RESERVE_S = 0.2
 KIB = 1 << 10
 OOM_SAMPLES, OOM_SAMPLE_S = 3, 10.0
@@ -133,15 +135,19 @@ class Examiner:
         if self._vitals.gpus is not None and not self._gpu:
             await asyncio.sleep(GPU_LATE_S)
 
+    async def _known(self) -> causes.Causes:
+        return await _within(KNOWN_S, in_thread(lambda: causes.read(self._state)), causes.Causes())
+
     async def _examine(self, failure: Failure, engine: EngineLife, config: Config, began: float) -> Failure:
         ident = incident_store.new_id()
-        sheets, _ = await asyncio.gather(self._gather(engine), self._late_verdicts())
+        sheets, known, _ = await asyncio.gather(self._gather(engine), self._known(), self._late_verdicts())
         facts = self._facts(failure, engine)
         signs = engine.engine.signs if isinstance(engine.engine, Diagnosing) else Signs()
         cause = await _within(DECIDE_S, in_thread(lambda: faults.decide(facts, signs)), Cause(failure))
         mark = of_traceback(cause.traceback) if cause.traceback else fingerprint(facts.signal or cause.code, (), [facts.phase, steady(failure.what)])
+        # Now: whatever hangs after this costs neither the cause nor its status.
+        self.examined = Examined(cause.failure, known.next(now_text(), cause.code, mark, ident))
         cause = await self._cured(cause, engine, ident)
-        known = await in_thread(lambda: causes.read(self._state))
         coming = known.next(now_text(), cause.code, mark, ident)
         final = faults.again(cause.failure, coming.count, coming.since)
         self.examined = Examined(final, coming)
