@@ -171,7 +171,7 @@ def test_a_models_name_that_a_client_asked_for_is_no_cause(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["GPU is lost", "CUDA driver version is insufficient", "no kernel image is available for execution on the device"])
 def test_words_alone_forbid_no_restart_of_an_engine_that_has_served(text: str) -> None:
-    line = f"(APIServer pid=1) ERROR 11-21 09:38:09 [x.py:1] {text}"
+    line = f"(EngineCore pid=1) ERROR 11-21 09:38:09 [x.py:1] {text}"
     at_start, serving = words(line), words(line, facts=SERVING)
     assert at_start.status in NO_RESTART
     assert (serving.code, serving.status) == (at_start.code, 70)
@@ -254,3 +254,37 @@ def test_the_cry_of_those_who_waited_for_a_killed_process_is_no_crash_of_the_eng
     assert decide(replace(died, lines=raised), SIGNS).failure == died.failure
     real = [*raised[:3], "KeyError: 'blocks'", *raised]
     assert decide(replace(died, lines=real), SIGNS).failure.code == "engine_bug"
+
+
+REQUEST = "(APIServer pid=7) ERROR 11-21 09:38:09 [serving.py:95] "
+HANDLED = [
+    REQUEST + "Traceback (most recent call last):",
+    REQUEST + '  File "/x/site-packages/vllm/entrypoints/serving.py", line 3, in create',
+    REQUEST + "ValueError: No space left on device, CUDA out of memory, NCCL error, says a client",
+]
+
+
+@pytest.mark.parametrize("code", ["engine_died", "engine_unhealthy", "engine_exited"])
+@pytest.mark.parametrize("who", ["APIServer", "ApiServer_0"])
+def test_what_went_wrong_with_a_request_is_not_why_the_engine_died(code: str, who: str) -> None:
+    """The traceback, or the words, of any request in the last half minute became the cause of a killed EngineCore."""
+    noticed = Failure(code, "a part of the engine died: VLLM::EngineCore (pid 9)", "look", 70)
+    facts = replace(SERVING, failure=noticed, lines=[line.replace("APIServer", who) for line in HANDLED])
+    cause = decide(facts, SIGNS)
+    assert cause.failure is noticed
+    assert cause.traceback is None
+    core = ["(EngineCore pid=9) ERROR 11-21 09:38:09 [core.py:1] " + line.removeprefix(REQUEST) for line in HANDLED]
+    assert decide(replace(facts, lines=[*core, *facts.lines]), SIGNS).failure.code == "cuda_out_of_memory_serving", "EngineCore's own words count"
+    assert decide(replace(facts, lines=[*core[:2], "(EngineCore pid=9) ERROR 11-21 09:38:09 [core.py:1] KeyError: 'slot'", *facts.lines]), SIGNS).failure.code == "engine_bug"
+
+
+def test_a_server_that_ends_of_its_own_exception_has_that_cause_and_one_whose_core_died_has_not() -> None:
+    """What it prints at its own end is not logged."""
+    lines = [line.replace(REQUEST, "(APIServer pid=7) ") for line in HANDLED[:2]] + ["(APIServer pid=7) KeyError: 'loop'"]
+    assert decide(replace(SERVING, lines=lines), SIGNS).failure.code == "engine_bug"
+    died = Failure("engine_died", "a part of the engine died: VLLM::EngineCore (pid 9)", "look", 70)
+    assert decide(replace(SERVING, failure=died, lines=lines), SIGNS).failure is died
+
+
+def test_at_the_start_the_server_has_no_requests_and_its_words_count() -> None:
+    assert words(REQUEST + "OSError: [Errno 28] No space left on device").code == "disk_full"

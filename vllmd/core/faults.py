@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from vllmd.core.events import Failure
-from vllmd.core.fingerprint import Traceback, plain, root_cause
+from vllmd.core.fingerprint import Traceback, is_logged, plain, root_cause
 from vllmd.core.lifecycle import NO_RESTART
 
 QUOTED = 400
@@ -141,11 +141,12 @@ class Signature:
 @dataclass(frozen=True, slots=True)
 class Signs:
     """What an engine's plug-in knows: its words in order of weight, `echoes`, the texts of those who only saw another die, and
-    `quotes`, the beginnings of errors that repeat what a client has sent."""
+    `quotes`, the beginnings of errors that repeat what a client has sent; `front` matches lines of those who answer requests."""
 
     signatures: tuple[Signature, ...] = ()
     echoes: tuple[re.Pattern[str], ...] = ()
     quotes: tuple[re.Pattern[str], ...] = ()
+    front: re.Pattern[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +166,22 @@ class Cause:
 def decide(facts: Facts, signs: Signs) -> Cause:
     """The cause, or what was noticed, unchanged, where nothing says more."""
     vague = facts.failure.code in _VAGUE
+    facts = replace(facts, lines=_telling(facts, signs))
     # Whoever is killed by a signal, or hangs, has not ended of an exception: a traceback among its lines is a request's.
     found = root_cause(facts.lines, signs.echoes) if vague and not facts.signal else None
     cause = _by_kernel(facts) or _by_gpu(facts)
     if cause is None and vague:
         cause = _by_words(facts, signs) or _by_crash(facts, found, signs) or _by_host(facts)
     return replace(cause or Cause(facts.failure), traceback=found)
+
+
+def _telling(facts: Facts, signs: Signs) -> Sequence[str]:
+    """While it serves, whoever answers requests logs what went wrong with one, in a client's words: nothing dies of that. What
+    they print at their own end is not logged, and tells nothing where it was another part that died."""
+    if not facts.serving or signs.front is None:
+        return facts.lines
+    front, ended = signs.front, facts.failure.code == "engine_exited"
+    return [line for line in facts.lines if not front.match(line) or (ended and not is_logged(line))]
 
 
 def _by_kernel(facts: Facts) -> Cause | None:

@@ -49,6 +49,12 @@ def plain(line: str) -> tuple[str, str]:
     return ((found[1] or "") if found else "", line[found.end() :] if found else line)
 
 
+def is_logged(line: str) -> bool:
+    """Through the engine's log, with a level, and not just printed."""
+    found = _PREFIX.match(line)
+    return found is not None and len(found[0]) > len(found[1] or "")
+
+
 def tracebacks(lines: Sequence[str]) -> list[Traceback]:
     """The whole ones, in the order in which they ended."""
     found: list[Traceback] = []

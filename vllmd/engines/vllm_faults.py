@@ -202,4 +202,7 @@ ECHOES = tuple(
 QUOTES = (re.compile(r"Error with model "),)
 """'Error with model error=ErrorInfo(message='The model `any text of a client` does not exist.', ...': logged as an error of the server."""
 
-SIGNS = Signs(SIGNATURES, ECHOES, QUOTES)
+FRONT = re.compile(r"\(api_?server", re.IGNORECASE)
+"""'(APIServer pid=7) ', '(ApiServer_0 pid=7) ' where there are several."""
+
+SIGNS = Signs(SIGNATURES, ECHOES, QUOTES, FRONT)
