@@ -251,6 +251,23 @@ def test_the_newest_are_kept_and_the_first_of_each_series_that_reaches_into_them
     assert incident_store.names(folder) == made[-3:]
 
 
+def test_a_clock_that_went_back_costs_no_new_incident(tmp_path: Path) -> None:
+    """Ordered by name, what came after it was the oldest, and went first."""
+    folder = tmp_path / "incidents"
+    for number in range(10):
+        incident_store.write(folder, f"20990101T00000{number}.999Z-00000{number}", [], {"fingerprint": f"f{number}"}, keep=10)
+    made = []
+    for mark in "ab":
+        made.append(incident_store.new_id(folder))
+        incident_store.write(folder, made[-1], [], {"fingerprint": mark}, keep=10)
+    assert made == sorted(made)
+    assert incident_store.names(folder)[-2:] == made
+    assert made[0].startswith("20990101T000010.000Z-")
+    for last in ("99991231T235959.999Z-000000", "99999999T999999.999Z-000000"):  # nothing comes after these
+        (folder / last).mkdir()
+        assert incident_store.NAME.fullmatch(incident_store.new_id(folder))
+
+
 def test_incidents_without_a_fingerprint_are_no_series(tmp_path: Path) -> None:
     folder = tmp_path / "incidents"
     made = [incident(folder, number, "", keep=2) for number in range(6)]

@@ -135,12 +135,13 @@ class Examiner:
         if self._vitals.gpus is not None and not self._gpu:
             await asyncio.sleep(GPU_LATE_S)
 
-    async def _known(self) -> causes.Causes:
-        return await _within(KNOWN_S, in_thread(lambda: causes.read(self._state)), causes.Causes())
+    async def _known(self) -> tuple[causes.Causes, str]:
+        """The failures so far, and a name for the incident."""
+        folder = self._state / incident_store.FOLDER
+        return await _within(KNOWN_S, in_thread(lambda: (causes.read(self._state), incident_store.new_id(folder))), (causes.Causes(), incident_store.new_id()))
 
     async def _examine(self, failure: Failure, engine: EngineLife, config: Config, began: float) -> Failure:
-        ident = incident_store.new_id()
-        sheets, known, _ = await asyncio.gather(self._gather(engine), self._known(), self._late_verdicts())
+        sheets, (known, ident), _ = await asyncio.gather(self._gather(engine), self._known(), self._late_verdicts())
         facts = self._facts(failure, engine)
         signs = engine.engine.signs if isinstance(engine.engine, Diagnosing) else Signs()
         cause = await _within(DECIDE_S, in_thread(lambda: faults.decide(facts, signs)), Cause(failure))

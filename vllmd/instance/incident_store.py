@@ -13,7 +13,7 @@ import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from vllmd.system.files import read_small
 FOLDER, SUMMARY = "incidents", "summary.json"
 NAME = re.compile(r"\d{8}T\d{6}\.\d{3}Z-[0-9a-f]{6}")
 SUMMARY_BYTES = 256 << 10
+_TIME = "%Y%m%dT%H%M%S.%f"
 _UNFINISHED = ".new-"
 _FOLDER_MODE, _FILE_MODE = 0o750, 0o640
 SEEN = 1000
@@ -37,8 +38,14 @@ class Part:
     note: str = ""
 
 
-def new_id() -> str:
-    return datetime.now(UTC).strftime("%Y%m%dT%H%M%S.%f")[:19] + "Z-" + os.urandom(3).hex()
+def new_id(folder: Path | None = None) -> str:
+    """The time, but later than the newest incident of `folder`: their names are their order, also where the clock went back."""
+    at = datetime.now(UTC)
+    newest = names(folder)[-1:] if folder else []
+    with contextlib.suppress(ValueError, OverflowError):  # a name that is no time, or the last one
+        for name in newest:
+            at = max(at, datetime.strptime(name[:19] + "+0000", f"{_TIME}%z") + timedelta(milliseconds=1))
+    return at.strftime(_TIME)[:19] + "Z-" + os.urandom(3).hex()
 
 
 def write(folder: Path, ident: str, parts: Sequence[Part], summary: Mapping[str, Any], *, keep: int) -> str:
