@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import procs
 from tests.needs import need
 from vllmd.instance import badcache, causes, evidence_host, incident_store
 from vllmd.instance.evidence_processes import LISTED, Processes
@@ -330,5 +331,45 @@ def test_a_cache_is_moved_only_from_below_our_own_and_never_through_a_link(tmp_p
     (root / "triton.bad-old").mkdir()
     moved = asyncio.run(badcache.move_aside(state, root, (root / "inductor", root / "triton"), "error in /x/triton/y.json", "id"))
     assert moved == (root / "triton", root / "triton.bad-id")
-    assert sorted(path.name for path in root.iterdir()) == ["inductor", "link", "triton.bad-id"]
+    procs.wait_until("the older one to go", lambda: sorted(path.name for path in root.iterdir()) == ["inductor", "link", "triton.bad-id"])
     assert asyncio.run(badcache.move_aside(state, root, (root / "inductor",), "", "id")) is None, "once"
+
+
+def cache(tmp_path: Path) -> tuple[Path, Path]:
+    """(state, root) with a cache and one that was moved aside before."""
+    state, root = tmp_path / "state", tmp_path / "cache"
+    (root / "triton").mkdir(parents=True)
+    (root / "triton.bad-old").mkdir()
+    state.mkdir()
+    return state, root
+
+
+def test_removing_an_older_cache_holds_nobody_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They hold gigabytes: it took longer than the step may, and was told as a cache that could not be moved."""
+    state, root = cache(tmp_path)
+    gate, real = threading.Event(), shutil.rmtree
+
+    def slow(path: Path, ignore_errors: bool) -> None:
+        gate.wait(20)
+        real(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(badcache.shutil, "rmtree", slow)  # type: ignore[attr-defined]
+    try:
+        moved = asyncio.run(asyncio.wait_for(badcache.move_aside(state, root, (root / "triton",), "", "id"), 5))
+        assert moved == (root / "triton", root / "triton.bad-id")
+        assert (root / "triton.bad-old").exists()
+    finally:
+        gate.set()
+    procs.wait_until("the older one to go", lambda: [path.name for path in root.iterdir()] == ["triton.bad-id"])
+
+
+def test_a_cache_that_cannot_be_moved_has_its_chance_again(tmp_path: Path) -> None:
+    """The mark says that it was tried, and was made before."""
+    state, root = cache(tmp_path)
+    (root / "triton.bad-id/full").mkdir(parents=True)
+    with pytest.raises(OSError, match="not empty"):
+        asyncio.run(badcache.move_aside(state, root, (root / "triton",), "", "id"))
+    assert not badcache.is_marked(state)
+    assert asyncio.run(badcache.move_aside(state, root, (root / "triton",), "", "other")) is not None
+    assert badcache.is_marked(state)
+    procs.wait_until("the older ones to go", lambda: [path.name for path in root.iterdir()] == ["triton.bad-other"])

@@ -5,8 +5,10 @@ Once: a second time it cannot have been the cache. The marker goes when the inst
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,7 +33,11 @@ async def move_aside(state: Path, root: Path, caches: Sequence[Path], quote: str
 
     `caches` are directories below `root`, vllmd's own cache; of several the one that the engine's words name counts.
     """
-    return await in_thread(lambda: _move(state, root, caches, quote, ident))
+    moved = await in_thread(lambda: _move(state, root, caches, quote, ident))
+    if moved is not None:
+        with contextlib.suppress(RuntimeError):  # no thread can be started: the next time
+            threading.Thread(target=_remove_older, args=moved, daemon=True, name="vllmd-blocking").start()
+    return moved
 
 
 def _move(state: Path, root: Path, caches: Sequence[Path], quote: str, ident: str) -> tuple[Path, Path] | None:
@@ -41,9 +47,18 @@ def _move(state: Path, root: Path, caches: Sequence[Path], quote: str, ident: st
         return None
     cache = named[0]
     target = cache.with_name(f"{cache.name}{_BAD}{ident}")
-    older = list(cache.parent.glob(f"{cache.name}{_BAD}*"))
     write_atomic(state / MARKER, json.dumps({"moved": str(cache), "to": str(target), "incident": ident}) + "\n")
-    cache.rename(target)
-    for each in older:  # one is enough for a look; they hold gigabytes
-        shutil.rmtree(each, ignore_errors=True)
+    try:
+        cache.rename(target)
+    except OSError:
+        with contextlib.suppress(OSError):
+            forget(state)  # it was not tried
+        raise
     return cache, target
+
+
+def _remove_older(cache: Path, target: Path) -> None:
+    """One is enough for a look. They hold gigabytes, so nobody waits for it: what the exit cuts short, the next time removes."""
+    for each in cache.parent.glob(f"{cache.name}{_BAD}*"):
+        if each != target:
+            shutil.rmtree(each, ignore_errors=True)
