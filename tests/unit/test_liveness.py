@@ -337,6 +337,23 @@ def test_a_proof_that_is_lost_while_nobody_was_answered_is_asked_again() -> None
     assert watched.codes == ["engine_hung"]
 
 
+@pytest.mark.parametrize("anew", [Rank(0), Rank(10, succeeded=0)], ids=["beats", "requests"])
+def test_a_proof_that_was_on_its_way_while_the_counters_began_anew_means_nothing(anew: Rank) -> None:
+    """Whoever counts from nothing began anew itself, and never saw the question."""
+    watched = Watched()
+    idle(watched)
+    watched.canary()
+    watched.read(30, r0=IDLE)
+    watched.read(30, r0=anew)
+    watched.reply("timeout")
+    watched.read(1, r0=anew)
+    assert watched.found == []
+    watched.read(240, r0=anew)
+    assert watched.liveness.due(watched.now) == []
+    watched.read(60, r0=anew)
+    watched.canary()
+
+
 def test_server_errors_count_only_in_a_row() -> None:
     watched = Watched()
     idle(watched)

@@ -85,7 +85,7 @@ class Pulse:
     def take(self, rank: Rank, at: float) -> None:
         old, self.rank = self.rank, rank
         if rank.beats < old.beats or rank.succeeded < old.succeeded:  # a counter that began anew says nothing about before
-            self.still_s, self.proof_at = 0.0, at
+            self.still_s, self.proof_at, self.canary = 0.0, at, None
         elif rank.figures != old.figures:
             self._move(old, rank, at)
         elif rank.has_work and self.contiguous:
