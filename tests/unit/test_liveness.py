@@ -354,6 +354,38 @@ def test_a_proof_that_was_on_its_way_while_the_counters_began_anew_means_nothing
     watched.canary()
 
 
+def blinded(watched: Watched) -> None:
+    """A proof of life that does not come, and one reading meanwhile that gets no answer."""
+    watched.canary()
+    watched.read(30, r0=IDLE)
+    watched.read(1, "timeout", cpu=1.0)
+    watched.read(29, r0=IDLE)
+    watched.reply("timeout")
+    watched.read(7, r0=IDLE)
+
+
+def test_one_lost_reading_in_every_proof_of_life_does_not_hide_a_dead_engine_for_ever() -> None:
+    watched = Watched()
+    idle(watched)
+    for _ in range(2):
+        blinded(watched)
+        assert watched.found == []
+    blinded(watched)
+    assert watched.codes == ["engine_hung"]
+
+
+def test_lost_proofs_of_life_count_only_in_a_row() -> None:
+    watched = Watched()
+    idle(watched)
+    for _ in range(3):
+        for _ in range(2):
+            blinded(watched)
+        watched.canary()
+        watched.reply("ok")
+        watched.read(301, r0=IDLE)
+    assert watched.found == []
+
+
 def test_server_errors_count_only_in_a_row() -> None:
     watched = Watched()
     idle(watched)

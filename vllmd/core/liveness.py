@@ -25,6 +25,9 @@ SILENT_TIMEOUT_MIN_S = 0.5
 RETRY_S = 5.0
 """After a proof of life that failed the next one follows soon: a single 5xx is an accident."""
 
+BLIND = 3
+"""So many in a row that got no answer, and during which the server was silent for a moment: that explains one, not each of them."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -262,7 +265,7 @@ class Liveness:
             return None
         pulse.canary = None
         if reply in ("ok", "refused") or (reply == "timeout" and computing):
-            pulse.proof_at, pulse.failed = at, 0
+            pulse.prove(at)
         else:
             pulse.next_canary_at = at + RETRY_S
         if reply == "failed":
@@ -283,11 +286,13 @@ class Liveness:
         canary = pulse.canary
         if canary is None or canary.expired_at is None or sample.asked_at < canary.expired_at:
             return None
-        if canary.blind:
+        if canary.blind and pulse.blinded + 1 < BLIND:
+            pulse.blinded += 1
             pulse.canary, pulse.next_canary_at = None, sample.at + RETRY_S
             return None
         if canary.moved and canary.worked:  # busy after all: requests came in meanwhile
-            pulse.canary, pulse.proof_at = None, sample.at
+            pulse.canary = None
+            pulse.prove(sample.at)
             return None
         waited = canary.expired_at - canary.asked_at
         idle = sample.at - pulse.proof_at

@@ -79,6 +79,8 @@ class Pulse:
     canary: Canary | None = None
     next_canary_at: float = 0.0
     failed: int = 0
+    blinded: int = 0
+    """Proofs of life in a row that were not answered, and may never have been seen."""
     absent_since: float | None = None
     """Since which reading the engine has shown other ranks, and not this one."""
 
@@ -102,7 +104,7 @@ class Pulse:
             self.canary.moved = True
         # Figures that move without any request prove nothing.
         if rank.succeeded > old.succeeded or (rank.has_work or old.has_work):
-            self.proof_at, self.failed = at, 0
+            self.prove(at)
             self.moved |= rank.beats > old.beats
 
     def miss(self, at: float) -> float:
@@ -119,8 +121,13 @@ class Pulse:
         self.proof_at += seconds
         self.absent_since = None if self.absent_since is None else self.absent_since + seconds
 
+    def prove(self, at: float) -> None:
+        """It computes."""
+        self.proof_at, self.failed, self.blinded = at, 0, 0
+
     def rebase(self, at: float) -> None:
-        self.still_s, self.contiguous, self.canary, self.proof_at, self.failed = 0.0, False, None, at, 0
+        self.still_s, self.contiguous, self.canary = 0.0, False, None
+        self.prove(at)
 
 
 @dataclass(slots=True)
