@@ -26,7 +26,7 @@ from vllmd.config.paths import Paths
 from vllmd.config.values import printable
 from vllmd.ctl_files import number, text
 from vllmd.errors import PermissionMissing, StorageFailed, UsageError
-from vllmd.instance.incident_store import FOLDER, NAME, SEEN, SUMMARY, SUMMARY_BYTES
+from vllmd.instance.incident_store import FOLDER, SEEN, SUMMARY, SUMMARY_BYTES, listed
 
 PART_BYTES, PARTS, SHOWN_LINES = 4 << 20, 24, 60
 _PART = re.compile(r"[a-z0-9][a-z0-9_-]{0,40}\.(?:txt|log|json)")
@@ -46,9 +46,7 @@ class Folder:
         """The incidents, newest first."""
         if self.descriptor < 0:
             return []
-        with os.scandir(self.descriptor) as entries:
-            found = [entry.name for _, entry in zip(range(SEEN), entries, strict=False) if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
-        return sorted(found, reverse=True)
+        return listed(self.descriptor)[::-1]
 
     def summary(self, ident: str) -> dict[str, Any]:
         """{} where it cannot be read or understood."""

@@ -275,6 +275,21 @@ def test_incidents_without_a_fingerprint_are_no_series(tmp_path: Path) -> None:
     assert incident_store.names(folder) == made[-2:]
 
 
+def test_files_of_others_hide_no_incident(tmp_path: Path) -> None:
+    """The first thousand entries were looked at, whatever they were."""
+    folder = tmp_path / "incidents"
+    folder.mkdir()
+    for number in range(incident_store.SEEN + 200):
+        (folder / f"junk-{number}").touch()
+    made = [incident(folder, number, f"f{number}", keep=2) for number in range(20)]
+    assert incident_store.names(folder) == made[-2:]
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        assert incident_store.listed(descriptor) == made[-2:]
+    finally:
+        os.close(descriptor)
+
+
 def test_what_a_killed_supervisor_left_half_written_is_removed(tmp_path: Path) -> None:
     folder = tmp_path / "incidents"
     (folder / ".new-20260101T000000.000Z-00000a").mkdir(parents=True)

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ SUMMARY_BYTES = 256 << 10
 _TIME = "%Y%m%dT%H%M%S.%f"
 _UNFINISHED = ".new-"
 _FOLDER_MODE, _FILE_MODE = 0o750, 0o640
-SEEN = 1000
-"""More directories than these are nobody's doing of ours."""
+SEEN, LOOKED_AT = 1000, 100_000
+"""More incidents than these are nobody's doing of ours; and so many entries, theirs and others', cost a tenth of a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,11 +111,16 @@ def _write(path: Path, content: bytes, *, sync: bool = False) -> None:
 def names(folder: Path) -> list[str]:
     """The incidents there, oldest first."""
     try:
-        with os.scandir(folder) as entries:
-            found = [entry.name for _, entry in zip(range(SEEN), entries, strict=False) if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)]
+        return listed(folder)
     except OSError:
         return []
-    return sorted(found)
+
+
+def listed(folder: Path | int) -> list[str]:
+    """The same of a path or a descriptor. OSError."""
+    with os.scandir(folder) as entries:
+        ours = (entry.name for entry in islice(entries, LOOKED_AT) if NAME.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False))
+        return sorted(islice(ours, SEEN))
 
 
 def prune(folder: Path, keep: int, fingerprint: str) -> None:
