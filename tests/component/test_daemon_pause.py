@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests import procs
-from tests.component.daemons import ends, quick, stop, watch_for
+from tests.component.daemons import Tampered, ends, quick, stop, watch_for
 from tests.engine.server import UnixConnection
 from tests.harness import Instance
 from vllmd.system.peer import peer_of
@@ -69,6 +69,29 @@ def test_a_pause_ends_by_itself_and_what_still_holds_is_judged_then() -> None:
         assert lives(instance)
         ends(instance, 75, "engine_hung", ready=True)
         assert "the watch goes on (its time is over)" in instance.log()
+
+
+SLEPT = """
+import os, vllmd.system.host as host
+real = host.boottime
+host.boottime = lambda: real() + (3600 if os.path.exists({gate!r}) else 0)
+import vllmd.instance.pausing as pausing
+pausing.CHECK_S = 0.2
+"""
+
+
+def test_a_pause_ends_at_its_time_also_when_the_machine_slept_meanwhile() -> None:
+    """The timers of the loop do not count that time, and what is shown as its end would long be past."""
+    instance = Tampered.quick()
+    gate = instance.root / "gate"
+    instance.patch = SLEPT.format(gate=str(gate))
+    with instance:
+        instance.wait_ready()
+        assert post(instance, "/pause", {"for_s": 3500})[0] == 200
+        watch_for(0.5, instance, lambda: instance.status()["paused"] is not None)
+        gate.touch()
+        procs.wait_until("its end", lambda: "the watch goes on (its time is over)" in instance.log())
+        stop(instance)
 
 
 def test_an_engine_that_ends_while_paused_ends_the_instance_at_the_end_of_the_pause() -> None:

@@ -15,12 +15,14 @@ from vllmd.instance.board import Board
 from vllmd.instance.clockwork import Clockwork
 from vllmd.instance.vitals import Vitals
 from vllmd.system.control import Reply
+from vllmd.system.host import boottime
 from vllmd.system.journal import Journal
 from vllmd.system.peer import Peer
 from vllmd.system.terminal import Stderr
 
 DEFAULT_S = 3600.0
 LONGEST_S = 7 * 86400.0
+CHECK_S = 5.0
 WHY_MAX = 200
 PAUSABLE = frozenset({State.STARTING, State.PROVEN, State.READY})
 
@@ -47,6 +49,7 @@ class Pausing:
         self._state = state
         self._on_end = on_end
         self._timer: asyncio.TimerHandle | None = None
+        self._ends_at = 0.0
 
     def pause(self, body: bytes, peer: Peer) -> Reply:
         """POST /pause with {"for_s": seconds, "why": text}; a second one replaces the first."""
@@ -61,11 +64,23 @@ class Pausing:
         self._show(paused)
         self._clockwork.at_least(for_s)
         self._cancel()
-        self._timer = asyncio.get_running_loop().call_later(for_s, self._end, "its time is over")
+        self._ends_at = boottime() + for_s
+        self._wait(for_s)
         reason = f": {why}" if why else ""
         self._journal.event("paused", f"paused until {paused['until']} by {peer}{reason}", priority=4, uid=peer.uid, pid=peer.pid)
         self._post(ev.Paused())
         return _reply(200, paused=paused)
+
+    def _wait(self, left_s: float) -> None:
+        """In short turns: the loop's clock stands still while the machine sleeps, and the one on the wall, which people go by, does not."""
+        self._timer = asyncio.get_running_loop().call_later(min(left_s, CHECK_S), self._look)
+
+    def _look(self) -> None:
+        left_s = self._ends_at - boottime()
+        if left_s > 0:
+            self._wait(left_s)
+        else:
+            self._end("its time is over")
 
     def resume(self, _body: bytes, peer: Peer) -> Reply:
         if self._vitals.paused is None:
