@@ -182,7 +182,7 @@ module.write = lambda *a, **k: time.sleep(60)
 
 def test_a_disk_that_hangs_delays_the_end_by_what_evidence_may_take_and_no_more() -> None:
     with Tampered.quick(SLOW_WRITE, fake=CRASH) as instance:
-        instance.wait_ready()
+        instance.wait_state("examining")
         began = time.monotonic()
         ends(instance, 70, "engine_exited", ready=True)
         assert time.monotonic() - began < EXAMINE_S + 3
