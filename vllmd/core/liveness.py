@@ -287,8 +287,7 @@ class Liveness:
         if canary is None or canary.expired_at is None or sample.asked_at < canary.expired_at:
             return None
         if canary.blind and pulse.blinded + 1 < BLIND:
-            pulse.blinded += 1
-            pulse.canary, pulse.next_canary_at = None, sample.at + RETRY_S
+            pulse.canary, pulse.blinded, pulse.next_canary_at = None, pulse.blinded + 1, sample.at + RETRY_S
             return None
         if canary.moved and canary.worked:  # busy after all: requests came in meanwhile
             pulse.canary = None
