@@ -25,6 +25,8 @@ class InstanceLock:
         try:
             for directory in self._directories:
                 directory.mkdir(parents=True, exist_ok=True, mode=0o755)
+            if self._own[1].stat().st_uid == os.geteuid():
+                self._own[1].chmod(0o755)  # whatever the umask is: everybody may read why it last ended (last.json)
             self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         except OSError as error:
             raise storage_error(error, f"prepare {error.filename or self._path}") from error

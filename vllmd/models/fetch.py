@@ -18,6 +18,7 @@ from vllmd.system.priority import as_others
 
 def main() -> int:
     as_others()
+    os.umask(0o022)  # models are no secrets: other users may read what the unit's umask would keep from them
     line = sys.stdin.buffer.readline(wire.MAX_REQUEST_BYTES)
     if not line.endswith(b"\n"):
         return 0  # the daemon ended before it asked

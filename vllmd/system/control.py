@@ -18,6 +18,7 @@ from typing import Any
 import h11
 
 from vllmd.errors import TryLater
+from vllmd.system.access import admit_group
 from vllmd.system.files import storage_error
 from vllmd.system.peer import ADMINS, Peer, group_id, peer_of
 from vllmd.system.unixpath import short
@@ -206,8 +207,7 @@ def _listen(path: Path, admins: int) -> socket.socket:
             listener.bind(name)
             os.chmod(path, 0o660)  # noqa: PTH101 - before listen: until then nobody can connect
             if admins >= 0:
-                with contextlib.suppress(OSError):  # a user that is not in the group may not give it away
-                    os.chown(path, -1, admins)
+                admit_group(path, admins)
         listener.listen(CONNECTIONS_MAX)
     except BaseException:
         listener.close()

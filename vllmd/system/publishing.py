@@ -125,7 +125,9 @@ class _Said:
 
 
 def _replace(path: Path, content: bytes) -> None:
-    path.parent.mkdir(mode=0o755, exist_ok=True)  # in /run it is gone after a reboot
+    if not path.parent.is_dir():  # in /run it is gone after a reboot
+        path.parent.mkdir(mode=0o755, exist_ok=True)
+        path.parent.chmod(0o755)  # node_exporter is another user, whatever our umask is
     write_atomic(path, content, fsync=False)
 
 
