@@ -11,7 +11,7 @@ from typing import Any
 
 from vllmd.config.paths import Paths
 from vllmd.errors import PermissionMissing, TryLater
-from vllmd.system.unixpath import short
+from vllmd.system.unixpath import opened
 
 TIMEOUT_S = 10.0
 BE_ADMIN = "as root, or as a member of the group vllmd-admin"
@@ -23,9 +23,10 @@ class _Connection(http.client.HTTPConnection):
         self._path = path
 
     def connect(self) -> None:
+        """To this very socket: a link in its place could send root's words to any other service."""
         self.sock = socket.socket(socket.AF_UNIX)
         self.sock.settimeout(TIMEOUT_S)
-        with short(self._path) as address:
+        with opened(self._path) as address:
             self.sock.connect(address)
 
 

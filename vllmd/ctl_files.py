@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.config.paths import Paths
+from vllmd.system.files import read_below
 
 _LIMIT_BYTES = 1 << 20
 _NOT_INSTANCES = ("vllmd", "presets")
@@ -25,22 +26,22 @@ class Problem:
     status: int
 
 
-def read(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; {} when it is missing, not readable, too long or not an object."""
+def read(base: Path, *names: str) -> dict[str, Any]:
+    """The JSON object in base/names; {} when it is missing, not readable, too long or not an object. Below `base` everything may
+    be of the service's making, and root reads it: no link is followed, nothing but a regular file opened."""
     try:
-        with path.open("rb") as stream:
-            value = json.loads(stream.read(_LIMIT_BYTES))
+        value = json.loads(read_below(base, names, _LIMIT_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def status(paths: Paths, name: str) -> dict[str, Any]:
-    return read(paths.instance_runtime(name) / "status.json")
+    return read(paths.runtime, "i", name, "status.json")
 
 
 def last(paths: Paths, name: str) -> dict[str, Any]:
-    return read(paths.instance_state(name) / "last.json")
+    return read(paths.state, "instances", name, "last.json")
 
 
 def last_stamp(paths: Paths, name: str) -> tuple[int, int]:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from vllmd.errors import PermissionMissing, StorageFailed, TryLater, VllmdError
@@ -92,10 +93,29 @@ def _write_new(directory: int, name: str, content: bytes, mode: int, *, sync: bo
         os.close(descriptor)
 
 
+def read_below(base: Path, names: Sequence[str], limit_bytes: int) -> bytes:
+    """A regular file that others may have prepared, `base`/names: no link in its way is followed. OSError as read_small."""
+    directory = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for name in names[:-1]:
+            inner = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=directory)
+            os.close(directory)
+            directory = inner
+        return _read(os.open(names[-1], _READING, dir_fd=directory), base, limit_bytes)
+    finally:
+        os.close(directory)
+
+
 def read_small(path: Path, limit_bytes: int) -> bytes:
     """The content of a regular file of at most this size. OSError: ELOOP for a symlink, EINVAL for anything that is no
     regular file (a fifo would block for ever), EFBIG when it is larger."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    return _read(os.open(path, _READING), path, limit_bytes)
+
+
+_READING = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+
+
+def _read(descriptor: int, path: Path, limit_bytes: int) -> bytes:
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))

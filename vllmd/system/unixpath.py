@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,3 +23,15 @@ def short(path: Path) -> Iterator[str]:
         yield f"/proc/self/fd/{directory}/{path.name}"
     finally:
         os.close(directory)
+
+
+@contextlib.contextmanager
+def opened(path: Path) -> Iterator[str]:
+    """A name for the very socket at `path`, never for what a link there points at: ENOTSOCK. OSError."""
+    descriptor = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISSOCK(os.fstat(descriptor).st_mode):
+            raise OSError(errno.ENOTSOCK, "not a socket", str(path))
+        yield f"/proc/self/fd/{descriptor}"
+    finally:
+        os.close(descriptor)
