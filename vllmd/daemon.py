@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any, assert_never
 
 from vllmd import stages
+from vllmd.config.redact import knower
 from vllmd.core import events as ev
 from vllmd.core.lifecycle import Impossible, Life, State, step
 from vllmd.core.plan import Plan, ResolvedModel
@@ -33,7 +34,7 @@ from vllmd.instance.judging import Judge
 from vllmd.instance.locking import InstanceLock
 from vllmd.instance.metric_samples import Facts
 from vllmd.instance.pausing import PAUSABLE, Pausing
-from vllmd.instance.resolving import resolve
+from vllmd.instance.resolving import child_environ, resolve
 from vllmd.instance.vitals import Vitals
 from vllmd.instance.watching import Watch
 from vllmd.models import wire
@@ -65,11 +66,13 @@ class Daemon:
         self.life = Life()
         self.model: ResolvedModel | None = None
         paths, name = prepared.paths, prepared.instance
+        self._redact = journal.redact = knower(prepared.secrets())
         self.board = Board(
             name,
             paths.instance_runtime(name) / "status.json",
             notifier.status,
             configuration=paths.instance_config(name),
+            redact=self._redact,
         )
         self.clockwork = Clockwork(notifier)
         self.vitals = Vitals()
@@ -260,7 +263,7 @@ class Daemon:
                     self.post(ev.ModelVerified())
 
         self.clockwork.allow(self.config.model.lock_timeout_s + 60)
-        await resolve(request, self.prepared.environ, on_event)
+        await resolve(request, child_environ(self.prepared.environ, self.config.model), on_event)
 
     def _resolving(self, progress: wire.Progress) -> None:
         if progress.level:
@@ -384,7 +387,7 @@ class Daemon:
         launch_id = self.board.document["launch_id"]
         more = {"incident": self.examiner.incident, **(self._engine.last_words() if self._engine else {})}
         complaint = record.write_last(
-            directory, self.prepared.instance, status, self.life.failure, launch_id=launch_id, **more
+            directory, self.prepared.instance, status, self.life.failure, redact=self._redact, launch_id=launch_id, **more
         )
         if complaint:
             self.journal.event("failed", complaint, priority=4)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllmd.config import layers
+from vllmd.config import layers, show
 from vllmd.config.given import BUILT_IN
 from vllmd.config.layers import Loaded
 from vllmd.config.paths import Paths
@@ -17,6 +17,7 @@ from vllmd.engines import registry
 from vllmd.engines.protocol import GUARD_FILE, Access, Context, Engine, SettingRefused
 from vllmd.errors import ConfigError
 from vllmd.models.identity import request_from
+from vllmd.system import credentials
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,10 @@ class Prepared:
     @property
     def config(self) -> Config:
         return self.loaded.config
+
+    def secrets(self, config: Config | None = None) -> tuple[str, ...]:
+        """Everything that nothing may print: of this configuration, of systemd's credentials, of the environment."""
+        return tuple(dict.fromkeys((*show.secrets(config or self.config), *credentials.secrets(self.environ))))
 
 
 def prepare(

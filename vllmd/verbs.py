@@ -31,8 +31,10 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
     """The daemon. Whatever ends it is said three times: in the journal, in last.json, in STATUS=."""
     import asyncio
 
+    from vllmd.config.redact import knower
     from vllmd.daemon import Daemon
     from vllmd.instance import record
+    from vllmd.system import credentials
     from vllmd.system.journal import open_journal
     from vllmd.system.notify import Notifier
     from vllmd.system.priority import prefer_us
@@ -41,6 +43,7 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
     notifier = Notifier.from_environ(os.environ)
     environ = _environ()
     journal = open_journal(os.environ, {"VLLMD_INSTANCE": options.name})
+    journal.redact = knower(credentials.secrets(environ))  # also what is wrong with a configuration may quote one
     prefer_us()
     try:
         prepared = stages.prepare(options.name, paths, environ, options.overrides)
@@ -51,10 +54,10 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
         failure, more = record.unexpected(error, journal), {}
     finally:
         journal.close()
-    notifier.status(f"Failed: {failure.what}" + (f" ({failure.hint})" if failure.hint else ""))
+    notifier.status(journal.redact(f"Failed: {failure.what}" + (f" ({failure.hint})" if failure.hint else "")))
     journal.event("failed", failure.what, priority=3, code=failure.code, hint=failure.hint, exit_status=failure.status)
     if failure.code != "instance_locked":  # then last.json is the running supervisor's to write
-        record.write_last(paths.instance_state(options.name), options.name, failure.status, failure, **more)
+        record.write_last(paths.instance_state(options.name), options.name, failure.status, failure, redact=journal.redact, **more)
     journal.close()
     return failure.status
 

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
+from typing import Any
 from urllib.parse import quote
 
 from vllmd.config.values import REDACTED
@@ -57,6 +58,22 @@ def _known(secrets: Iterable[str]) -> re.Pattern[str] | None:
     # A very short secret is replaced only where it stands alone: 'a' would turn every message into noise.
     parts = [re.escape(form) if len(form) >= SHORTEST_IN_WORDS else rf"(?<!\w){re.escape(form)}(?!\w)" for form in sorted(forms, key=len, reverse=True)]
     return re.compile("|".join(parts)) if parts else None
+
+
+@lru_cache(maxsize=64)
+def knower(secrets: tuple[str, ...]) -> Callable[[str], str]:
+    """A function that takes only these values out, for sentences of our own: they may explain what a key looks like."""
+    known = _known(secrets)
+    return (lambda text: known.sub(REDACTED, text)) if known is not None else (lambda text: text)
+
+
+def redact_tree(value: Any, redact: Callable[[str], str]) -> Any:
+    """Lists and dicts as JSON has them, with every text in them redacted."""
+    if isinstance(value, Mapping):
+        return {name: redact_tree(item, redact) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [redact_tree(item, redact) for item in value]
+    return redact(value) if isinstance(value, str) else value
 
 
 @lru_cache(maxsize=64)

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from vllmd.config.redact import redact_tree
 from vllmd.core.events import Failure
 from vllmd.core.plan import Plan
 from vllmd.models.wire import Progress
@@ -36,10 +37,11 @@ class Board:
     """`path` is status.json; `tell` gets the STATUS= line whenever it changes. Written at once when the state changes,
     soon when only progress does. A write that fails is dropped: the file is for readers, the daemon goes on."""
 
-    def __init__(self, instance: str, path: Path, tell: Callable[[str], object], *, configuration: Path) -> None:
+    def __init__(self, instance: str, path: Path, tell: Callable[[str], object], *, configuration: Path, redact: Callable[[str], str] = str) -> None:
         self.path = path
         self._configuration = configuration
         self._tell = tell
+        self._redact = redact
         self._told = ""
         self._flush: asyncio.TimerHandle | None = None
         self.phase_began = self._born = time.monotonic()
@@ -125,14 +127,20 @@ class Board:
         if self._flush is not None:
             self._flush.cancel()
             self._flush = None
-        text = self.sentence()
+        text = self._redact(self.sentence())
         if text != self._told:
             self._told = text
             self._tell(text)
         try:
-            write_atomic(self.path, json.dumps(self.document, ensure_ascii=False) + "\n", fsync=False)
+            write_atomic(self.path, json.dumps(self.shown(), ensure_ascii=False) + "\n", fsync=False)
         except OSError:
             return
+
+    def shown(self) -> dict[str, Any]:
+        """The document as anybody may read it: what failed may have quoted a secret."""
+        shown = redact_tree(self.document, self._redact)
+        assert isinstance(shown, dict)
+        return shown
 
     def close(self) -> None:
         self.now()

@@ -16,7 +16,7 @@ async def serve_control(board: Board, metrics: Route, pausing: Pausing, access: 
     """Listens beside status.json. TryLater when another supervisor answers there."""
 
     def status() -> tuple[str, bytes]:
-        return "application/json", json.dumps(board.document, ensure_ascii=False).encode()
+        return "application/json", json.dumps(board.shown(), ensure_ascii=False).encode()
 
     routes = {"/status": status, "/metrics": metrics, "/keys": lambda: access().document()}
     actions = {"/pause": pausing.pause, "/resume": pausing.resume, "/keys": lambda body, peer: access().post(body, peer)}

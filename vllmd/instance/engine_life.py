@@ -33,8 +33,8 @@ from vllmd.instance.probing import Probe, healthy, prove
 from vllmd.instance.startwatch import StartWatch
 from vllmd.models import store
 from vllmd.preflight import ports
+from vllmd.system import credentials, stuck
 from vllmd.system import launch as launches
-from vllmd.system import stuck
 from vllmd.system.family import Family
 from vllmd.system.files import storage_error
 from vllmd.system.host import boot_id
@@ -74,7 +74,7 @@ class EngineLife:
         self._state = context.paths.instance_state(plan.instance)
         self._secrets: tuple[str, ...] = plan.command.secrets
         self._client_keys = client_keys  # they change while it runs
-        self._configured = show.secrets(context.config)  # also what the command is not told, and an engine may find and print
+        self._configured = (*show.secrets(context.config), *credentials.secrets(context.environ))  # also what the command is not told, and an engine may find and print
         self.output = Output(engine, journal, self._redacted, self._heard)
         self.start = StartWatch(plan.deadlines, clockwork, family.cpu_s)
         self._child: Child | None = None

@@ -243,10 +243,11 @@ class Examiner:
     async def _write(self, ident: str, sheets: list[Sheet], cause: Cause, lines: Sequence[str], summary: dict[str, Any], config: Config, left_s: float, secrets: tuple[str, ...]) -> None:
         folder, keep = self._state / incident_store.FOLDER, config.watch.keep_incidents
         loaded = replace(self._prepared.loaded, config=config)
-        facts = Material(cause, lines, sheets, loaded, self._vitals.gpus, self._vitals.exposition.decode(errors="replace"), secrets)
+        told = tuple(dict.fromkeys((*self._prepared.secrets(config), *secrets)))
+        facts = Material(cause, lines, sheets, loaded, told, self._vitals.gpus, self._vitals.exposition.decode(errors="replace"))
 
         def work() -> str:
-            return incident_store.write(folder, ident, parts(facts), plain_summary(summary, loaded), keep=keep)
+            return incident_store.write(folder, ident, parts(facts), plain_summary(summary, told), keep=keep)
 
         try:
             async with asyncio.timeout(left_s):

@@ -11,7 +11,7 @@ from typing import Any
 from vllmd import __version__
 from vllmd.config import show
 from vllmd.config.layers import Loaded
-from vllmd.config.redact import redactor
+from vllmd.config.redact import redact_tree, redactor
 from vllmd.core.events import Failure
 from vllmd.core.faults import Cause, Facts
 from vllmd.instance.board import Board
@@ -33,21 +33,21 @@ class Material:
     lines: Sequence[str]
     sheets: Sequence[Sheet]
     loaded: Loaded
+    secrets: tuple[str, ...]
+    """Of the configuration, the credentials and the environment, and the keys that were made."""
     gpus: Mapping[str, Any] | None
     metrics: str
-    secrets: Sequence[str] = ()
-    """Beside those of the configuration: keys that were made, or came as credentials."""
 
 
 def parts(material: Material) -> list[Part]:
     """What tells most comes first."""
-    redact = redactor((*show.secrets(material.loaded.config), *material.secrets))
+    redact = redactor(material.secrets)
     sheets = [Part(each.name, _clean(each.text, redact), each.note) for each in material.sheets]
     return [
         Part("cause.txt", _clean(_cause(material.cause), redact)),
         _cut("engine.log", "\n".join(material.lines).encode(errors="replace"), LOG_BYTES),
         *sheets,
-        _cut("config.json", _json(show.as_dict(material.loaded)), JSON_BYTES),
+        _cut("config.json", _json(redact_tree(show.as_dict(material.loaded), redact)), JSON_BYTES),
         _cut("gpu.json", _clean(_json(material.gpus).decode(), redact), JSON_BYTES, "" if material.gpus else "no GPU watch has told anything"),
         _cut("metrics.txt", _clean(material.metrics[:METRICS_BYTES], redact), METRICS_BYTES, "" if material.metrics else "no metrics have been read"),
     ]
@@ -110,8 +110,8 @@ def told(final: Failure, facts: Facts, coming: Occurrence, board: Board, vitals:
     }
 
 
-def plain_summary(summary: Mapping[str, Any], loaded: Loaded) -> dict[str, Any]:
-    redact = redactor(show.secrets(loaded.config))
+def plain_summary(summary: Mapping[str, Any], secrets: tuple[str, ...]) -> dict[str, Any]:
+    redact = redactor(secrets)
 
     def plain(value: Any) -> Any:
         if isinstance(value, Mapping):

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllmd.config.redact import redact_tree
 from vllmd.core.events import Failure
 from vllmd.errors import Status, VllmdError
 from vllmd.instance.board import describe_failure, now_text
@@ -37,7 +39,7 @@ def unexpected(error: Exception, journal: Journal | Stderr) -> Failure:
 
 
 def write_last(
-    directory: Path, instance: str, status: int, failure: Failure | None, *, launch_id: str = "", **more: Any
+    directory: Path, instance: str, status: int, failure: Failure | None, *, redact: Callable[[str], str] = str, launch_id: str = "", **more: Any
 ) -> str:
     """Writes instances/NAME/last.json; returns '' or why it could not be written (the exit goes on all the same)."""
     document = {
@@ -51,7 +53,7 @@ def write_last(
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        write_atomic(directory / "last.json", json.dumps(document, ensure_ascii=False, indent=1) + "\n")
+        write_atomic(directory / "last.json", json.dumps(redact_tree(document, redact), ensure_ascii=False, indent=1) + "\n")
     except OSError as error:
         return f"cannot write {directory / 'last.json'}: {error.strerror}"
     return ""

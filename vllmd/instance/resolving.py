@@ -8,8 +8,10 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 
+from vllmd.config.settings import Model
 from vllmd.errors import EngineFailed, TryLater, VllmdError
 from vllmd.models import wire
+from vllmd.system import credentials
 
 LINE_LIMIT = 1 << 20
 KILL_S = 0.5
@@ -30,6 +32,20 @@ async def resolve(
         for pipe in (child.stdin, child.stdout):
             if pipe is not None:
                 pipe.close()
+
+
+_NOT_ITS_OWN = ("NOTIFY_SOCKET", "WATCHDOG_", "LISTEN_")
+
+
+def child_environ(environ: Mapping[str, str], settings: Model) -> dict[str, str]:
+    """What the child needs: of the secrets only those of the sources that it may ask. A token that is a setting comes in its
+    request, systemd's credentials lie in files."""
+    wanted = ("HUGGING_FACE_", *(("AWS_",) if settings.r2_bucket else ()))
+    return {
+        name: value
+        for name, value in environ.items()
+        if not name.startswith(_NOT_ITS_OWN) and (not credentials.is_secret(name) or name.startswith(wanted))
+    }
 
 
 def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import select
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Literal, Self
 
 from vllmd.system.outbox import Outbox
@@ -28,6 +28,8 @@ class Sink:
     def __init__(self, fields: Mapping[str, object], outbox: Outbox | None = None) -> None:
         self.level = INFO
         """Own events of a higher (less important) priority are not sent."""
+        self.redact: Callable[[str], str] = str
+        """What every event of our own goes through; the engine's lines come redacted."""
         self._fields = dict(fields)
         self._outbox = Outbox() if outbox is None else outbox
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -57,7 +59,8 @@ class Sink:
     def event(self, event_id: str, message: str, *, priority: int = INFO, **fields: object) -> None:
         """One of our own events. `event_id` is a row of messages.MESSAGES, or '' for a message of no kind."""
         if priority <= self.level:
-            self._outbox.put_event(self._encode_event(event_id, message, priority, fields))
+            told = {name: self.redact(value) if isinstance(value, str) else value for name, value in fields.items()}
+            self._outbox.put_event(self._encode_event(event_id, self.redact(message), priority, told))
             self._flush()
 
     def engine_line(self, text: str, priority: int = INFO, **fields: object) -> None:

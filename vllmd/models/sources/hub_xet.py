@@ -30,6 +30,7 @@ from vllmd.models.transfer import tls
 from vllmd.models.transfer.journal import Kept
 from vllmd.models.transfer.ranges import Ranges
 from vllmd.models.wire import Progress
+from vllmd.system import credentials
 
 MIN_RATE = 1024
 """Bytes/s over the stall time; less is as good as nothing."""
@@ -103,7 +104,9 @@ def _child(order: bytes, home: Path, environ: Mapping[str, str]) -> Any:
 
 
 def _environ(home: Path, environ: Mapping[str, str]) -> dict[str, str]:
-    kept = {name: value for name, value in environ.items() if not name.startswith(("HF_TOKEN", "HUGGING_FACE", "HF_HUB_OFFLINE", "HF_DEBUG"))}
+    """Without a secret: the token comes with the order, and nobody else's is its affair."""
+    others = ("HF_TOKEN", "HUGGING_FACE", "HF_HUB_OFFLINE", "HF_DEBUG", "AWS_", credentials.DIRECTORY)
+    kept = {name: value for name, value in environ.items() if not name.startswith(others) and not credentials.is_secret(name)}
     bundle = next((environ[name] for name in tls.BUNDLES if environ.get(name)), "")
     quiet = {"HF_HUB_DISABLE_TELEMETRY": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1", "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1"}
     return kept | quiet | {"HF_HOME": str(home), "HF_XET_CACHE": str(home / "cache")} | ({"SSL_CERT_FILE": bundle} if bundle else {})
