@@ -25,7 +25,7 @@ WRITTEN = [
 ]
 
 
-@pytest.mark.parametrize("text", WRITTEN)
+@pytest.mark.parametrize("text", WRITTEN, ids=range(len(WRITTEN)))
 def test_every_spelling_is_found(text: str) -> None:
     assert search(PLANTED, [("somewhere", f"before {text} after".encode())]) == ["key in somewhere"]
 
