@@ -132,7 +132,7 @@ def _visible(devices: Sequence[Device], visible: str | None) -> list[Device]:
 def _find(devices: Iterable[Device], token: str) -> Device | tuple[Slice, Device] | None:
     """By index, or by the beginning of a UUID, as CUDA does."""
     for device in devices:
-        if (token.isdigit() and device.index == int(token)) or (token.startswith("GPU") and device.uuid.startswith(token)):
+        if (token.isascii() and token.isdigit() and device.index == int(token)) or (token.startswith("GPU") and device.uuid.startswith(token)):
             return device
         for part in device.slices:
             if token.startswith("MIG") and part.uuid.startswith(token):

@@ -118,7 +118,11 @@ def _narrow(bus: Gpu) -> float:
 
 def number(words: Mapping[str, Any], key: str) -> float | None:
     value = words.get(key)
-    return value if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return value if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < _HUGE else None
+
+
+_HUGE = 1e18
+"""No figure of a GPU is as large; infinity, and what no float can hold, are none either."""
 
 
 def text(words: Mapping[str, Any], key: str) -> str:

@@ -146,7 +146,8 @@ def _lock(fd: int, kind: int) -> bool:
 
 
 def _refused(path: Path, reason: str) -> PermissionMissing:
-    return PermissionMissing("lease_refused", f"the lease {path} is refused: {reason}", f"Remove {path}, after you have seen who made it: `ls -l {path}`.")
+    bad = path if path.parent.is_dir() and not path.parent.is_symlink() else path.parent
+    return PermissionMissing("lease_refused", f"the lease {path} is refused: {reason}", f"Remove {bad}, after you have seen who made it: `ls -ld {bad}`.")
 
 
 def _sign(fd: int, instance: str, *, is_alone: bool) -> None:
@@ -248,7 +249,7 @@ def _content(fd: int) -> dict[int, str]:
         for line in os.pread(fd, _CONTENT_LIMIT, 0).splitlines():
             record = _object(line)
             pid, name = record.get("pid"), record.get("instance")
-            if isinstance(pid, int) and isinstance(name, str) and _INSTANCE.fullmatch(name):
+            if type(pid) is int and isinstance(name, str) and _INSTANCE.fullmatch(name):
                 found[pid] = name
     return found
 

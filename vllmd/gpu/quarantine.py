@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import math
 import os
 import re
 import stat
@@ -30,8 +29,10 @@ BOOTS = 3
 FORGET_S = 90 * 86400
 """What was longer ago than this does not count as the same trouble."""
 _LIMIT = 8192
-_FILES = 1024
+_RECORDS = 1024
 _TEXT = 400
+_LATEST = 2.5e11
+"""In the year 9892. A calendar ends with 9999: a later time in a file ended every start, and `vllmctl gpu`, with a traceback."""
 Class = Literal["reset", "reboot", "replace"]
 _CLASSES: tuple[Class, ...] = get_args(Class)
 _ORDER: Mapping[str, int] = {name: at for at, name in enumerate(_CLASSES)}
@@ -79,10 +80,12 @@ def read_all(paths: Paths) -> dict[str, Record]:
     with _opened(paths) as folder:
         if folder < 0:
             return {}
-        for name in sorted(os.listdir(folder))[:_FILES]:  # noqa: PTH208 - by descriptor
+        for name in sorted(os.listdir(folder)):  # noqa: PTH208 - by descriptor
             uuid = name.removesuffix(".json")
             if uuid != name and UUID.fullmatch(uuid) and (record := _load(name, folder)) is not None and record.uuid == uuid:
                 found[uuid] = record
+                if len(found) == _RECORDS:  # of records, not of names: a thousand files without meaning hid the one that counts
+                    break
     return found
 
 
@@ -107,7 +110,7 @@ def merge(old: Record | None, new: Record) -> Record:
     if old is None or at - old.last_at > FORGET_S:
         return new
     if old.boot_id == new.boot_id:
-        known = old if _ORDER[old.cls] > _ORDER[new.cls] else new
+        known = old if is_graver(old, new) else new
         return replace(known, count=old.count + 1, boots=old.boots, driver=new.driver or old.driver, first_at=old.first_at, last_at=at)
     boots = old.boots + 1
     if boots >= BOOTS or old.cls == "replace":
@@ -115,6 +118,10 @@ def merge(old: Record | None, new: Record) -> Record:
         hint = "It came back after reboots: a person must look at the GPU, its slot and its power. `vllmctl gpu clear UUID` allows it again."
         return replace(new, cls="replace", what=what[:_TEXT], hint=hint, boots=boots)
     return replace(new, boots=boots)
+
+
+def is_graver(one: Record, other: Record) -> bool:
+    return _ORDER[one.cls] > _ORDER[other.cls]
 
 
 def clear(paths: Paths, uuid: str) -> bool:
@@ -191,5 +198,5 @@ def _count(words: Mapping[str, Any], key: str, low: int) -> int:
 
 def _time(words: Mapping[str, Any], key: str) -> float:
     value = words.get(key)
-    is_time = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e12 and math.isfinite(value)
+    is_time = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < _LATEST
     return float(value) if is_time and value is not None else 0.0

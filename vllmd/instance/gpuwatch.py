@@ -114,7 +114,7 @@ SAME_S = 2.0
 
 def _add(paths: Paths, record: Record) -> None:
     known = quarantine.read(paths).get(record.uuid)
-    if known is None or record.last_at - known.last_at > SAME_S:  # else by the host service, a moment ago
+    if known is None or abs(record.last_at - known.last_at) > SAME_S or quarantine.is_graver(record, known):  # else by the host service, a moment ago
         quarantine.add(paths, record)
 
 

@@ -43,7 +43,7 @@ class Facts:
 def unix_time(value: object) -> float | None:
     """Of a number, or of text as `at` has it; None for anything else."""
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return float(value)
+        return float(value) if abs(value) < 1e12 else None
     try:
         return datetime.fromisoformat(value).timestamp() if isinstance(value, str) else None
     except (ValueError, OverflowError, OSError):
