@@ -49,14 +49,32 @@ def parse(words: object) -> Finding | None:
         return None
     texts = {key: words.get(key, "") for key in ("uuid", "pci", "detector", "process", "what", "hint")}
     numbers = {key: words.get(key, 0) for key in ("xid", "pid")}
-    at, fatal = words.get("at", 0.0), words.get("fatal", False)
+    at, fatal = moment(words.get("at", 0.0)), words.get("fatal", False)
     if not all(isinstance(value, str) and len(value) <= _TEXT and value.isprintable() for value in texts.values()):
         return None
     if not all(type(value) is int and 0 <= value < 1 << 31 for value in numbers.values()):
         return None
-    if type(fatal) is not bool or not isinstance(at, int | float):
+    if type(fatal) is not bool or at is None:
         return None
-    return Finding(**texts, **numbers, cls=words["cls"], fatal=fatal, at=float(at))
+    return Finding(**texts, **numbers, cls=words["cls"], fatal=fatal, at=at)
+
+
+def moment(value: object) -> float | None:
+    """Seconds since 1970, of what came over a socket; None for what is no such time (infinity, a number that no float holds)."""
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < 1e11 else None
+
+
+def is_same(one: Finding, other: Finding) -> bool:
+    """Whether it is one finding, told by two services: of its time each has an idea of its own. The book tells the same error
+    again after SAME_S (2 s) at the earliest."""
+    return abs(one.at - other.at) < _SAME_S and _key(one) == _key(other)
+
+
+_SAME_S = 1.0
+
+
+def _key(finding: Finding) -> tuple[object, ...]:
+    return (finding.uuid or finding.pci, finding.detector, finding.xid, finding.cls, finding.pid, finding.xid or finding.what)
 
 
 def of_xid(

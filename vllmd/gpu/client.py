@@ -20,7 +20,7 @@ from typing import Any
 from vllmd.config.paths import Paths
 from vllmd.config.settings import GpuWatch
 from vllmd.core.gpu_book import Book
-from vllmd.core.gpu_findings import Finding, parse
+from vllmd.core.gpu_findings import Finding, is_same, moment, parse
 from vllmd.gpu import kmsg, quarantine, sampling
 from vllmd.gpu.sampling import Options, Stage
 from vllmd.gpu.watch import Sources, Watch
@@ -33,6 +33,8 @@ ANSWER_S = 5.0
 """A host unit that has said nothing for this long after we connected is no help (stopped, or hung)."""
 GRACE_S = 1.0
 """It may just be restarting: no instance starts a sampler at once."""
+OVERLAP_S = 2.0
+"""A service that comes back is asked for a little more than what was missed; what is known is not told again."""
 _QUEUE = 256
 _LINE_BYTES = 4 << 20
 _CHUNK = 1 << 16
@@ -53,6 +55,9 @@ class Client:
         self._feeding: asyncio.Task[None] | None = None
         self._heard_at = 0.0
         """Until when (its clock) the host unit's words are known here: it is asked for those since."""
+        self._heard_mono = 0.0
+        """When we last heard of the GPUs, from whomever."""
+        self._known: deque[Finding] = deque(maxlen=_QUEUE)
         self.source = ""
         """Where it comes from now: 'host' (gpu.sock), 'own' (a child of ours), '' before the first."""
 
@@ -60,6 +65,7 @@ class Client:
         """Until `close` or cancellation: findings at once, a snapshot every interval. Never raises for what the other side
         does. A consumer that is slow loses snapshots, then findings, the oldest first."""
         feeding = self._feeding = asyncio.create_task(self._feed())
+        feeding.add_done_callback(lambda _task: self._some.set())
         try:
             while not feeding.done():
                 await self._some.wait()
@@ -96,7 +102,8 @@ class Client:
 
     async def _from_host(self) -> None:
         """Until it ends, or says nothing for too long."""
-        with contextlib.suppress(OSError, TimeoutError, ValueError):
+        # A service that is killed ends within its first words: that is an EOFError, and it made us deaf for ever.
+        with contextlib.suppress(OSError, TimeoutError, ValueError, EOFError, asyncio.LimitOverrunError):
             link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK | socket.SOCK_CLOEXEC)
             try:
                 with short(self._paths.gpu_socket) as name:
@@ -111,42 +118,46 @@ class Client:
                 writer.transport.abort()
 
     async def _read(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        since = f"?since={self._heard_at:.7f}" if self._heard_at else ""
+        since = f"?since={max(0.0, self._heard_at - OVERLAP_S):.7f}" if self._heard_at else ""
         writer.write(f"GET /events{since} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
-        patience_s = ANSWER_S
         async with asyncio.timeout(ANSWER_S):
             head = await reader.readuntil(b"\r\n\r\n")
         if b" 200 " not in head.split(b"\r\n", 1)[0]:
             return
+        until = asyncio.get_running_loop().time() + ANSWER_S
         while True:
-            async with asyncio.timeout(patience_s):
+            async with asyncio.timeout_at(until):
                 line = await reader.readline()
             if not line:
                 return
-            patience_s = max(ANSWER_S, 4 * self._settings.interval_s + self._settings.call_timeout_s)
+            if (said := _said(line)) is None:  # words without sense are as good as none
+                continue
+            until = asyncio.get_running_loop().time() + max(ANSWER_S, 4 * self._settings.interval_s + self._settings.call_timeout_s)
             if self.source != "host":
                 await self._stop_own()
                 self.source = "host"
-            self._line(line)
+            self._take(said)
 
-    def _line(self, line: bytes) -> None:
-        words = _object(line)
-        if (finding := parse(words.get("finding"))) is not None:
-            self._heard_at = max(self._heard_at, finding.at)
-            self._told(finding)
-        elif (found := document(words.get("snapshot"))) is not None:
-            at = found.get("at")
-            self._heard_at = max(self._heard_at, at) if isinstance(at, float) else self._heard_at
-            self._seen(found)
+    def _take(self, said: Finding | Snapshot) -> None:
+        if isinstance(said, Finding):
+            self._heard_at = max(self._heard_at, said.at)
+            self._told(said)
+        else:
+            self._heard_at = max(self._heard_at, moment(said.get("at")) or 0.0)
+            self._seen(said)
 
     # -- a watch of our own
 
     async def _watch(self) -> None:
         """What the kernel said before is of other lives; where its log may not be read, NVML's events must do."""
-        sources = self._sources or Sources(since=kmsg.now())
+        sources = self._sources or Sources(since=self._since())
         watch = Watch(self._paths, self._settings, told=self._told, seen=self._seen, sources=sources)
         self.source = "own"
         await watch.run()
+
+    def _since(self) -> float:
+        """What came since the service's last word: from the kernel's log, of the seconds in which nobody read it for us."""
+        return self._heard_mono - OVERLAP_S if self._heard_mono else kmsg.now()
 
     async def _stop_own(self) -> None:
         own = self._own
@@ -155,10 +166,15 @@ class Client:
             self._own = None  # not before: whoever is cancelled meanwhile must not leave it to nobody
 
     def _told(self, finding: Finding) -> None:
+        self._heard_mono = time.monotonic()
+        if any(is_same(finding, each) for each in self._known):
+            return
+        self._known.append(finding)
         self._findings.append(finding)
         self._some.set()
 
     def _seen(self, snapshot: Snapshot) -> None:
+        self._heard_mono = time.monotonic()
         self._snapshot = snapshot
         self._some.set()
 
@@ -168,6 +184,11 @@ async def _ended(task: asyncio.Task[None]) -> None:
     await asyncio.wait([task])
     if not task.cancelled():
         task.exception()  # it has been seen
+
+
+def _said(line: bytes) -> Finding | Snapshot | None:
+    words = _object(line)
+    return parse(words.get("finding")) or document(words.get("snapshot"))
 
 
 def _object(line: bytes) -> Mapping[str, Any]:
