@@ -30,10 +30,21 @@ class KernelLog:
         self.path = folder / "kmsg"
         os.mkfifo(self.path)
         self._fd = os.open(self.path, os.O_RDWR | os.O_CLOEXEC)
+        self._said: list[bytes] = []
 
     def say(self, text: str, *, facility: int = 0, at: float | None = None) -> None:
         written = time.monotonic() if at is None else at
-        self.write(f"{facility << 3 | 4},1,{int(written * 1e6)},-;{text}\n SUBSYSTEM=pci\n".encode())
+        self._said.append(f"{facility << 3 | 4},{len(self._said) + 1},{int(written * 1e6)},-;{text}\n SUBSYSTEM=pci\n".encode())
+        self.write(self._said[-1])
+
+    def replay(self) -> None:
+        """The kernel's log gives all that it still has to whoever opens it; a pipe, what nobody has read yet."""
+        with contextlib.suppress(BlockingIOError):
+            os.set_blocking(self._fd, False)
+            while os.read(self._fd, 1 << 16):
+                pass
+        os.set_blocking(self._fd, True)
+        self.write(b"".join(self._said))
 
     def write(self, data: bytes) -> None:
         while data:

@@ -58,7 +58,7 @@ class Host:
         self._notifier = notifier
         self._journal = journal
         self._position = paths.runtime / _POSITION
-        sources = replace(sources or Sources(), since=read_position(self._position))
+        sources = replace(sources or Sources(), after=read_position(self._position))
         self._watch = Watch(paths, settings, told=self._told, seen=self._seen, sources=sources, keeps=True, observe=observe, changed=self._changed)
         self._feed = Feed(paths.gpu_socket, self._watch.document, self._metrics)
         # Its sandbox has no network: of what instances can do, the file alone.
@@ -68,7 +68,7 @@ class Host:
         self._journalled: dict[tuple[str, str, int], float] = {}
         self._source = ""
         self._shown_at = 0.0
-        self._saved = sources.since
+        self._saved = sources.after
         self._status = ""
 
     async def run(self) -> None:
@@ -94,7 +94,8 @@ class Host:
             ends = await asyncio.gather(turns, watch, return_exceptions=True)
             await self._publisher.close()
             await self._feed.close()
-            self._save_position()
+            if (position := self._position_to_save()) is not None:
+                self._save_position(position)
         for end in ends:
             if isinstance(end, Exception):
                 raise end
@@ -128,15 +129,20 @@ class Host:
                 self._journal.event("gpu-log-unreadable", text, priority=4)
             if time.monotonic() - self._shown_at >= 2 * self._settings.interval_s:  # a hung driver gives no snapshot: the clients hear that we live
                 self._show(self._watch.document())
-            if self._watch.kmsg.seen_until != self._saved:
-                await in_thread(self._save_position)
+            if (position := self._position_to_save()) is not None:
+                await in_thread(lambda position=position: self._save_position(position))  # type: ignore[misc]
             await asyncio.sleep(every_s)
 
-    def _save_position(self) -> None:
+    def _position_to_save(self) -> int | None:
+        """None where there is nothing new, or something of it waits for the driver or the disk: whoever is killed now has not told it."""
+        position = self._watch.kmsg.position
+        return position if position != self._saved and self._watch.is_settled else None
+
+    def _save_position(self, position: int) -> None:
         """So that the next service does not take for new what this one has told, and a person may have cleared."""
-        self._saved = self._watch.kmsg.seen_until
+        self._saved = position
         with contextlib.suppress(OSError):
-            write_atomic(self._position, json.dumps({"boot_id": boot_id(), "written": self._saved}), fsync=False)
+            write_atomic(self._position, json.dumps({"boot_id": boot_id(), "sequence": position}), fsync=False)
 
     # -- what the watch says
 
@@ -210,10 +216,10 @@ class Host:
         return ("\n".join(lines) + "\n").encode()
 
 
-def read_position(path: Path) -> float:
-    """Up to when (seconds since boot) the kernel's log was told; 0 in a new boot."""
+def read_position(path: Path) -> int:
+    """The number of the last record of the kernel's log that was told; -1 in a new boot."""
     with contextlib.suppress(OSError, ValueError, RecursionError):
         words = json.loads(read_small(path, 4096))
-        written = words.get("written") if isinstance(words, dict) and words.get("boot_id") == boot_id() else 0.0
-        return float(written) if isinstance(written, int | float) and 0 <= written < 1e10 else 0.0
-    return 0.0
+        number = words.get("sequence") if isinstance(words, dict) and words.get("boot_id") == boot_id() else -1
+        return number if type(number) is int else -1
+    return -1

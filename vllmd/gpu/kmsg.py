@@ -26,6 +26,8 @@ from vllmd.core.gpu_findings import Finding, canonical_pci, of_xid
 KMSG = Path("/dev/kmsg")
 TURN = 256
 _CHUNK = 1 << 16
+_DRIFT_S = 30.0
+"""A live record that seems older than this is not old: the kernel's clock is another one."""
 _MEMORY = 512
 """Distinct lines that are remembered as parsed."""
 
@@ -84,14 +86,22 @@ class Kmsg:
     """`told` gets each line that speaks of a GPU, and when it was written (monotonic). In the loop, without ever waiting.
 
     `path`: /dev/kmsg, or a pipe in its place (tests). It is read from the beginning of what the kernel still has: what came
-    before this service started counts too, unless it was written before `since` (seconds since boot).
+    before this service started counts too, unless its number is not above `after`, or it was written before `since` (seconds
+    since boot).
+
+    Records are told apart by their numbers, which only grow. Their times do not: each processor has a clock of its own, and
+    printk's drifts from ours by minutes a year. So they only say how old something is that was there before us; whatever
+    comes once the log has been read to its end is new.
     """
 
-    def __init__(self, told: Callable[[Line, float], None], path: Path = KMSG, since: float = 0.0) -> None:
+    def __init__(self, told: Callable[[Line, float], None], path: Path = KMSG, since: float = 0.0, after: int = -1) -> None:
         self._told = told
         self._path = path
-        self.seen_until = since
-        """What was written up to here was told, by us or by the service before us."""
+        self._since = since
+        self._after = after
+        self._is_live = False
+        self.position = after
+        """The number of the last record that was told, by us or by the service before us."""
         self._fd = -1
         self._rest = b""
         self._parsed: dict[bytes, Line | None] = {}
@@ -113,6 +123,7 @@ class Kmsg:
             self.close()
             return False
         self._loop = loop
+        loop.call_soon(self._read)  # a log that is empty has been read to its end
         return True
 
     def close(self) -> None:
@@ -125,10 +136,11 @@ class Kmsg:
 
     def _read(self) -> None:
         """TURN records at most; epoll says at once when there are more."""
-        for _ in range(TURN):
+        for _ in range(TURN if self._fd >= 0 else 0):
             try:
                 piece = os.read(self._fd, _CHUNK)
             except BlockingIOError:
+                self._is_live = True
                 return
             except OSError as error:
                 if error.errno == errno.EPIPE:  # overwritten before it was read: it goes on with the oldest there is
@@ -154,9 +166,14 @@ class Kmsg:
 
     def _one(self, record: bytes) -> None:
         found = _RECORD.fullmatch(record)
-        if found is None or int(found[1]) >> 3 or (written := int(found[3]) / 1e6) < self.seen_until:
+        if found is None or int(found[1]) >> 3:
             return
-        self.seen_until = written
+        number, written = int(found[2]), int(found[3]) / 1e6
+        if not self._is_live and (number <= self._after or written < self._since):
+            return
+        self.position = number
+        if self._is_live and not 0 <= now() - written <= _DRIFT_S:
+            written = now()
         message = found[4]
         if message in self._parsed:
             line = self._parsed[message]

@@ -12,9 +12,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from vllmd.core.gpu_book import Book
 from vllmd.core.gpu_conditions import number, text
 from vllmd.core.gpu_findings import QUARANTINE, Finding, of_xid
 from vllmd.gpu import kmsg, quarantine
+from vllmd.gpu.early import Early
 from vllmd.gpu.kmsg import Kmsg, Line
 from vllmd.gpu.quarantine import Record
 from vllmd.gpu.sampling import Options, Sampling
@@ -33,17 +33,19 @@ from vllmd.system.threads import in_thread
 OLD_S = 60.0
 """A line of the kernel's log that is older says nothing about what runs now; only what needs a reset or more still counts."""
 AGAIN_S = 10.0
+RETRY_S = 10.0
 _LOOK_S = 1.0
-_QUEUE = 256
 STUCK_HINT = "`journalctl -k -g NVRM` may say why; a wedged driver mostly needs a reboot. Engines go on as long as their own heartbeat does."
 
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """`kmsg`: the kernel's log ('' for none), of which what was written before `since` is known. `drm`: AMD's cards."""
+    """`kmsg`: the kernel's log ('' for none), of which what was written before `since`, and up to the record `after`, is known.
+    `drm`: AMD's cards."""
 
     kmsg: str = str(kmsg.KMSG)
     since: float = 0.0
+    after: int = -1
     drm: str = ""
 
 
@@ -74,13 +76,15 @@ class Watch:
         self._uuids: dict[str, str] = {}
         self._raw: dict[str, Any] = {"schema": 1, "boot_id": boot_id(), "source": "none", "driver_version": "", "at": time.time(), "gpus": []}
         self._quarantine: dict[str, Record] = {}
-        self._work: asyncio.Queue[Record | None] = asyncio.Queue(_QUEUE)
-        self._early: deque[tuple[Line, float]] = deque(maxlen=_QUEUE)
+        self._wanted = asyncio.Event()
+        self._waiting: dict[tuple[str, int], Record] = {}
+        self._failed: set[tuple[str, int]] = set()
+        self._early = Early()
         self._has_looked = False
         self._recorded: dict[tuple[str, int], float] = {}
         self._looked_at = 0.0
         self.stuck_in = ""
-        self.kmsg = Kmsg(self._line, Path(sources.kmsg), sources.since)
+        self.kmsg = Kmsg(self._line, Path(sources.kmsg), sources.since, sources.after)
         self._reads_kmsg = bool(sources.kmsg)
         self.sampling = Sampling(Options(settings.interval_s, settings.call_timeout_s, sources.drm), self._said, self._stuck)
 
@@ -93,11 +97,16 @@ class Watch:
         """What lifts it, by UUID: also of GPUs that nobody sees any more."""
         return {uuid: record.cls for uuid, record in self._quarantine.items()}
 
+    @property
+    def is_settled(self) -> bool:
+        """Whether all that was noticed has been told, and is on the disk."""
+        return not self._early and not self._waiting
+
     async def run(self) -> None:
         """Until it is cancelled."""
         if self._reads_kmsg:
             self.kmsg.start(asyncio.get_running_loop())
-        self._later(None)
+        self._wanted.set()
         try:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.sampling.run())
@@ -134,7 +143,7 @@ class Watch:
         for finding in self._book.snapshot(gpus, time.monotonic(), time.time()):
             self._tell(finding)
         self._tell_early()
-        self._later(None)
+        self._wanted.set()
         self._seen(self.document())
 
     def _stuck(self, stage: str) -> None:
@@ -150,8 +159,8 @@ class Watch:
 
     def _tell_early(self) -> None:
         self._has_looked = True
-        while self._early:
-            self._line(*self._early.popleft())
+        for each in self._early.take():
+            self._line(*each)
 
     # -- the kernel's log
 
@@ -160,7 +169,7 @@ class Watch:
             self._uuids[line.pci] = line.uuid
             return
         if not self._has_looked and line.pci not in self._uuids:  # which GPU it is, the first snapshot says
-            self._early.append((line, written))
+            self._early.put(line, written)
             return
         at = time.monotonic()
         uuid = self._uuids.get(line.pci, "")
@@ -196,21 +205,39 @@ class Watch:
 
     # -- the quarantine, in a thread: a disk may hang too
 
-    def _later(self, record: Record | None) -> None:
-        with contextlib.suppress(asyncio.QueueFull):
-            self._work.put_nowait(record)
+    def _later(self, record: Record) -> None:
+        """One for each error of each GPU: a disk that hangs for an hour must not make us forget what came at its end."""
+        key = (record.uuid, record.xid)
+        old = self._waiting.get(key)
+        self._waiting[key] = record if old is None else replace(record, first_at=old.first_at)
+        self._wanted.set()
 
     async def _keep(self) -> None:
         while True:
-            record = await self._work.get()
-            if record is not None:
-                try:
-                    kept = await in_thread(lambda record=record: quarantine.add(self._paths, record))  # type: ignore[misc]
-                    self._changed("gpu-quarantined", f"{kept.uuid} is quarantined ({kept.cls}): {kept.what}", kept)
-                except (OSError, ValueError) as error:
-                    self._changed("gpu-quarantine-failed", f"the quarantine of {record.uuid} could not be written: {error}", record)
-            if self._work.empty():
-                await self._read()
+            await self._wanted.wait()
+            self._wanted.clear()
+            for key, record in list(self._waiting.items()):
+                await self._write(key, record)
+            if self._waiting:
+                asyncio.get_running_loop().call_later(RETRY_S, self._wanted.set)
+            await self._read()
+
+    async def _write(self, key: tuple[str, int], record: Record) -> None:
+        """What cannot be written stays waiting: an Xid 79 comes once, and the disk may be full just then."""
+        try:
+            kept = await in_thread(lambda: quarantine.add(self._paths, record))
+        except OSError as error:
+            if key not in self._failed:
+                self._failed.add(key)
+                self._changed("gpu-quarantine-failed", f"the quarantine of {record.uuid} could not be written, and will be tried again: {error}", record)
+            return
+        except ValueError as error:  # it has no name for a file: nothing will help
+            self._changed("gpu-quarantine-failed", f"the quarantine of {record.uuid} could not be written: {error}", record)
+        else:
+            self._changed("gpu-quarantined", f"{kept.uuid} is quarantined ({kept.cls}): {kept.what}", kept)
+        self._failed.discard(key)
+        if self._waiting.get(key) is record:
+            del self._waiting[key]
 
     async def _read(self) -> None:
         known = await in_thread(lambda: quarantine.read(self._paths))
