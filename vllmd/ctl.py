@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_logs(verbs)
     _add_incidents(verbs)
     verbs.add_parser("api-key", help="show|list|add|rotate|revoke: the keys that clients send", add_help=False)
+    _add_generations(verbs)
     verbs.add_parser("engine", help="install|list|use|rollback|remove|verify: the engines of this host", add_help=False)
     verbs.add_parser("cache", help="list|clear: the caches of compiled code", add_help=False)
     verbs.add_parser("gpu", help="every GPU of this host, its owner and its health; gpu clear lifts a quarantine", add_help=False)
@@ -112,6 +113,20 @@ def _add_incidents(verbs: argparse._SubParsersAction[Parser]) -> None:
     incidents.add_argument("--json", action="store_true", help="one JSON object, for programs")
 
 
+def _add_generations(verbs: argparse._SubParsersAction[Parser]) -> None:
+    listed = verbs.add_parser("generations", help="the configurations of an instance that reached READY")
+    listed.add_argument("name", metavar="NAME")
+    how = listed.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="one JSON object, for programs")
+    how.add_argument("--keep", action="store_true", help="put the files aside as they are now (what the unit does when it is ready)")
+    back = verbs.add_parser("rollback", help="put a generation's configuration, model and engine back, and restart")
+    back.add_argument("name", metavar="NAME")
+    back.add_argument("generation", metavar="GENERATION", nargs="?", help="its number, or before: what the last rollback replaced (default: the newest that differs from now)")
+    back.add_argument("--yes", action="store_true", help="do not ask")
+    back.add_argument("--no-restart", action="store_true", help="only change the files")
+    back.add_argument("--host-file", action="store_true", help="put vllmd.yaml back too, which all instances share")
+
+
 def _perform(arguments: argparse.Namespace, paths: Paths) -> int:
     match arguments.verb:
         case "status":
@@ -134,6 +149,17 @@ def _perform(arguments: argparse.Namespace, paths: Paths) -> int:
             from vllmd import ctl_incidents
 
             return ctl_incidents.incidents(paths, arguments.name, arguments.id, part=arguments.part, as_json=arguments.json)
+        case "generations":
+            from vllmd import ctl_generations
+
+            if arguments.keep:
+                return ctl_generations.keep(paths, arguments.name)
+            return ctl_generations.show(paths, arguments.name, as_json=arguments.json)
+        case "rollback":
+            from vllmd import ctl_rollback
+
+            options = ctl_rollback.Options(asks=not arguments.yes, restarts=not arguments.no_restart, host_file=arguments.host_file)
+            return ctl_rollback.rollback(paths, arguments.name, arguments.generation, options)
         case "stop":
             from vllmd import ctl_follow
 

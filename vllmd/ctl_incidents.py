@@ -65,12 +65,7 @@ class Folder:
     def read(self, ident: str, name: str, limit_bytes: int = PART_BYTES) -> str:
         """The beginning of a regular file of no other name."""
         with self._incident(ident) as folder:
-            descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        with open(descriptor, "rb") as file:
-            found = os.fstat(file.fileno())
-            if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
-                raise OSError(errno.EINVAL, "not a regular file", name)
-            return file.read(limit_bytes).decode(errors="replace")
+            return read_at(folder, name, limit_bytes)
 
     @contextlib.contextmanager
     def _incident(self, ident: str) -> Iterator[int]:
@@ -81,19 +76,29 @@ class Folder:
             os.close(descriptor)
 
 
+def read_at(folder: int, name: str, limit_bytes: int) -> str:
+    """The beginning of a regular file of no other name, in an open directory. OSError."""
+    descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    with open(descriptor, "rb") as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode) or found.st_nlink != 1:
+            raise OSError(errno.EINVAL, "not a regular file", name)
+        return file.read(limit_bytes).decode(errors="replace")
+
+
 def _step(name: str, folder: int) -> int:
     return os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=folder)
 
 
 @contextlib.contextmanager
-def opened(paths: Paths, instance: str) -> Iterator[Folder]:
-    """PermissionMissing, StorageFailed."""
-    path = str(paths.instance_state(instance) / FOLDER)
+def opened(paths: Paths, instance: str, name: str = FOLDER) -> Iterator[Folder]:
+    """A directory of that name in the instance's state. PermissionMissing, StorageFailed."""
+    path = str(paths.instance_state(instance) / name)
     descriptor = -1
     try:
         descriptor = os.open(paths.state, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        for name in ("instances", instance, FOLDER):
-            inner = _step(name, descriptor)
+        for step in ("instances", instance, name):
+            inner = _step(step, descriptor)
             os.close(descriptor)
             descriptor = inner
     except FileNotFoundError:

@@ -103,10 +103,11 @@ def _deletion(path: Path, what: str, size: int) -> Work:
 
 
 def surplus(found: Catalog, keep: int) -> list[Item]:
-    """Versions beyond the newest `keep` of each identity: never what a link leads to, nor what is pinned."""
+    """Versions beyond the newest `keep` of each identity: never what a link leads to, nor what is pinned, nor what an instance
+    could go back to."""
     versions = sorted((item for item in found.items if item.kind == PUBLISHED_KIND), key=lambda item: item.name)
     old: list[Item] = []
     for _, group in groupby(versions, key=lambda item: item.name):
         ranked = sorted(group, key=lambda item: (item.is_current, item.created_at), reverse=True)
-        old += [item for item in ranked[keep:] if not (item.is_current or item.is_pinned or item.names)]
+        old += [item for item in ranked[keep:] if not (item.is_current or item.is_pinned or item.kept_for or item.names)]
     return old

@@ -9,6 +9,7 @@ JSON, schema 1: {"schema": 1, "store": path, "bytes": on the disk, "free_bytes":
     revision      the commit, where one is known; version: the manifest's SHA-256, of published ones
     files, bytes  of them shared_bytes are other entries' too (hard links)
     current       whether it is what a start takes; pinned: whether it stays whatever comes
+    kept_for      instances whose newest generations have it: they could go back to it
     damaged       files that were found to be wrong
     used_by       instances by name, other processes as 'COMMAND (pid N)'
     last_used     UTC, ISO 8601; created_at: when it was published; source, origin: where it came from
@@ -69,6 +70,7 @@ def as_dict(found: Catalog, item: Item, users: Users) -> dict[str, Any]:
         "shared_bytes": found.shared_bytes(item),
         "current": item.is_current,
         "pinned": item.is_pinned,
+        "kept_for": list(item.kept_for),
         "damaged": list(item.damaged),
         "used_by": list(users.of(item)),
         "last_used": datetime.fromtimestamp(item.last_used, UTC).isoformat(timespec="seconds").replace("+00:00", "Z"),
@@ -100,6 +102,7 @@ def _state(item: Item, users: Users) -> str:
     used = users.of(item)
     words = ["current"] if item.is_current else []
     words += ["pinned"] if item.is_pinned else []
+    words += [f"kept for a rollback of {', '.join(item.kept_for)}"] if item.kept_for else []
     words += [f"used by {', '.join(used)}"] if used else []
     words += [f"DAMAGED: {item.damaged[0]}{f' and {len(item.damaged) - 1} more' if len(item.damaged) > 1 else ''}"] if item.damaged else []
     return ", ".join((*words, *item.notes))

@@ -43,6 +43,9 @@ def _check(item: Item, users: Users, *, is_forced: bool) -> None:
     if item.is_pinned and not is_forced:
         hint = f"vllmctl store unpin {shown(item.identity)} --version {item.version[:12]}, or --force"
         raise UsageError("model_pinned", f"{describe(item)} is pinned", hint)
+    if item.kept_for and not is_forced:
+        what = f"{describe(item)} is kept for a rollback of {', '.join(item.kept_for)}"
+        raise UsageError("model_kept", what, f"--force removes it all the same; `vllmctl generations {item.kept_for[0]}` says what needs it")
 
 
 def _release(user: str) -> str:

@@ -21,7 +21,7 @@ from vllmd.engines.given_keys import api_keys
 from vllmd.engines.protocol import Context, Guarding
 from vllmd.errors import Status, VllmdError
 from vllmd.gpu.client import Client
-from vllmd.instance import causes, metrics, record, reload, signals
+from vllmd.instance import causes, generations, metrics, record, reload, signals
 from vllmd.instance.access import Access, NoAccess
 from vllmd.instance.board import Board
 from vllmd.instance.checking import check_host
@@ -323,6 +323,20 @@ class Daemon:
             self.examiner.ready()
             self._engine.rest()
             self._engine.show_example()
+            self._task("generation", self._generation())
+
+    async def _generation(self) -> None:
+        """What reached READY is kept, to go back to; nothing waits for it, and nothing fails by it."""
+        assert self._plan is not None
+        assert self.model is not None
+        work = generations.remember(self.prepared.paths, self.prepared.instance, self.prepared.loaded, self._plan, self.model)
+        try:
+            written = await in_thread(work)
+        except (OSError, VllmdError) as error:
+            self.journal.event("generation", f"this generation could not be kept: {error}", priority=4, hint=f"vllmctl generations {self.prepared.instance}")
+            return
+        if written.is_new:
+            self.journal.event("generation", f"generation {written.number} reached READY", priority=6)
 
     async def _watch(self) -> None:
         assert self._engine is not None

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,12 +38,14 @@ _TAKES_BACK = {
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """The parsed configuration. `origins` has every key, and `engine.args.NAME`, `engine.env.NAME`; `files` those read."""
+    """The parsed configuration. `origins` has every key, and `engine.args.NAME`, `engine.env.NAME`; `files` those read,
+    `sums` the SHA-256 of each."""
 
     config: Config
     origins: Mapping[str, Origin]
     warnings: tuple[str, ...]
     files: tuple[Path, ...] = ()
+    sums: Mapping[Path, str] = field(default_factory=dict)
 
 
 def check_instance_name(name: str) -> str:
@@ -74,7 +76,8 @@ def _listed(directory: Path) -> list[Path]:
         raise ConfigError("config_unreadable", f"{directory}: {error.strerror}", "put a directory of YAML files there, or remove it") from None
 
 
-def _drop_ins(paths: Paths, instance: str) -> list[Path]:
+def drop_ins(paths: Paths, instance: str) -> list[Path]:
+    """NAME.d/*.yaml, in their order."""
     found = _listed(paths.config / f"{instance}.d")
     return [path for path in found if path.suffix == ".yaml" and not path.name.startswith(".")]
 
@@ -101,7 +104,7 @@ def read_documents(paths: Paths, instance: str | None, *, require_file: bool) ->
     files = [paths.config / HOST_FILE]
     if instance is not None:
         check_instance_name(instance)
-        files += [paths.instance_config(instance), *_drop_ins(paths, instance)]
+        files += [paths.instance_config(instance), *drop_ins(paths, instance)]
     documents = []
     for path in files:
         try:
@@ -230,4 +233,5 @@ def load(
         origins=MappingProxyType(_origins(state, rows)),
         warnings=tuple(dict.fromkeys(warnings)),
         files=tuple(Path(document.where) for document in documents),
+        sums=MappingProxyType({Path(document.where): document.sha256 for document in documents}),
     )

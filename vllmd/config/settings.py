@@ -167,6 +167,7 @@ class Start:
     start_timeout_s: float = setting(2100.0, p.seconds(above=0), "VLLMD_START_TIMEOUT_S", "A start longer than this, from spawn to ready, has failed whatever moves.", unit="s")
     proof: str = setting("full", p.choice("full", "health"), "VLLMD_PROOF", "Proof of life before READY: a real request of the model's task, or /health alone.")
     proof_timeout_s: float = setting(300.0, p.seconds(above=0), "VLLMD_PROOF_TIMEOUT_S", "Deadline of one request of the proof of life (the first may compile).", unit="s")
+    keep_generations: int = setting(5, p.integer(low=2, high=100), "VLLMD_KEEP_GENERATIONS", "Configurations that reached READY which are kept (`vllmctl generations`); the model versions of the newest two are never removed.")
     probe_interval_s: float = setting(0.05, p.seconds(above=0), "VLLMD_PROBE_INTERVAL_S", "Interval of asking /health while starting.", unit="s")
 
 

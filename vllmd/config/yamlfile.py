@@ -7,6 +7,7 @@ YAML 1.1 would read 0700 as 448, 22:30 as 1350 and 2026-01-01 as a date; such te
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import stat
@@ -57,12 +58,14 @@ _PLAIN_TAGS = {"tag:yaml.org,2002:str", "!"}
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """`lines` gives the line (from 1) of the key or item at a path into `values`. `mode` are the file's permission bits."""
+    """`lines` gives the line (from 1) of the key or item at a path into `values`. `mode` are the file's permission bits,
+    `sha256` names its bytes."""
 
     where: str
     values: Mapping[str, Any]
     lines: Mapping[tuple[str | int, ...], int]
     mode: int = 0
+    sha256: str = ""
 
     def line(self, *path: str | int) -> int:
         """The line of the key at `path`, or of the nearest one around it that has a line."""
@@ -210,7 +213,7 @@ class _Builder:
         self.put(value, line)
 
 
-def parse(text: str, where: str, *, mode: int = 0) -> Document:
+def parse(text: str, where: str, *, mode: int = 0, sha256: str = "") -> Document:
     """The one mapping that the text holds; empty text is an empty one. ConfigError (yaml_invalid) with file and line."""
     builder = _Builder(where)
     try:
@@ -224,7 +227,7 @@ def parse(text: str, where: str, *, mode: int = 0) -> Document:
     values = {} if builder.root is None else builder.root
     if not isinstance(values, dict):
         raise _bad(where, 1, f"must hold keys and values, not {'a list' if isinstance(values, list) else 'plain text'}")
-    return Document(where, values, builder.lines, mode)
+    return Document(where, values, builder.lines, mode, sha256)
 
 
 def _bytes(path: Path) -> tuple[bytes, int]:
@@ -261,4 +264,4 @@ def load(path: Path) -> Document:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise _bad(str(path), data.count(b"\n", 0, error.start) + 1, "is not UTF-8 text", "save the file as UTF-8") from None
-    return parse(text, str(path), mode=mode)
+    return parse(text, str(path), mode=mode, sha256=hashlib.sha256(data).hexdigest())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from vllmd.models import catalog_hub as hub
 from vllmd.models import contents as manifests
-from vllmd.models import links, pins, published
+from vllmd.models import kept, links, pins, published
 from vllmd.models.identity import hash12
 from vllmd.models.inuse import Flocks, is_held
 from vllmd.models.leftovers import STAGING
@@ -50,6 +50,8 @@ class Item:
     is_current: bool = False
     is_pinned: bool = False
     is_held: bool = False
+    kept_for: tuple[str, ...] = ()
+    """Instances that could go back to it (models/kept)."""
     damaged: tuple[str, ...] = ()
     last_used: float = 0.0
     names: tuple[str, ...] = ()
@@ -107,9 +109,9 @@ def _order(item: Item) -> tuple[str, str, str, bool, str]:
 
 
 def _published(store: Path) -> Iterator[Item]:
-    led_to, pinned = links.leading_to(store), pins.pinned(store)
+    led_to, pinned, keepers = links.leading_to(store), pins.pinned(store), kept.read(store)
     for directory in published.directories(store):
-        yield from _seen(PUBLISHED_KIND, directory.parent.name, directory, lambda path: _version(path, led_to, pinned))
+        yield from _seen(PUBLISHED_KIND, directory.parent.name, directory, lambda path: _version(path, led_to, pinned, keepers))
 
 
 def _seen(kind: str, identity: str, path: Path, look: Callable[[Path], Item]) -> Iterator[Item]:
@@ -123,7 +125,7 @@ def _seen(kind: str, identity: str, path: Path, look: Callable[[Path], Item]) ->
         yield Item(kind, _printable(identity), name, path, Measure(), notes=("not readable",))
 
 
-def _version(directory: Path, led_to: Mapping[str, list[Path]], pinned: Iterable[str]) -> Item:
+def _version(directory: Path, led_to: Mapping[str, list[Path]], pinned: Iterable[str], keepers: Mapping[str, tuple[str, ...]]) -> Item:
     label = directory.parent.name
     names = sorted(path.name for path in led_to.get(os.path.realpath(directory), ()))
     contents = published.manifest_of(directory)
@@ -140,6 +142,7 @@ def _version(directory: Path, led_to: Mapping[str, list[Path]], pinned: Iterable
         created_at=_printable(contents.created_at) if contents else "",
         is_current=label in names,
         is_pinned=directory.name in pinned,
+        kept_for=keepers.get(directory.name, ()),
         is_held=is_held(directory),
         held_at=(directory,),
         damaged=tuple(sorted(published.damaged(directory))) if contents else (manifests.FILE,),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.errors import TryLater, VllmdError
-from vllmd.models import durable, links, pins, published
+from vllmd.models import durable, kept, links, pins, published
 from vllmd.models.ioerrors import explained
 from vllmd.models.lock import locked, private_directory
 from vllmd.models.places import is_real_directory, present
@@ -57,7 +57,7 @@ def retain(store: Path, current: Path, previous: Path | None, keep: int, tell: T
 
 
 def _surplus(store: Path, current: Path, previous: Path | None, keep: int) -> list[Path]:
-    pinned, led_to = pins.pinned(store), links.leading_to(store)
+    pinned, led_to = pins.pinned(store) | kept.versions(store), links.leading_to(store)
     own = [path for path in published.directories(store) if path.parent.name == current.parent.name]
     before = previous.name if previous is not None else ""
     ranked = sorted(own, key=lambda path: (path.name == current.name, *_rank(path, before)), reverse=True)

@@ -86,6 +86,13 @@ MESSAGES: dict[str, Kind] = {
         "Instance @VLLMD_INSTANCE@ serves its model",
         "The engine answered a real request of the model's task. Clients can be sent to it.\nNothing needs to be done.",
     ),
+    "generation": Kind(
+        "18cb17b52b2a4522a59a089ebdcd7e04",
+        "Instance @VLLMD_INSTANCE@ keeps its configuration as a generation",
+        "The configuration, the model's version and the engine reached READY together for the first time, and are kept.\n"
+        "`vllmctl generations` lists what is kept, `vllmctl rollback` goes back to it. Where it says that it could not be\n"
+        "kept, the instance serves all the same; look at the owner and the free space of the state directory.",
+    ),
     "engine-exited": Kind(
         "d4115b9202da4e7187da86791e4d33aa",
         "The engine of instance @VLLMD_INSTANCE@ ended by itself",
