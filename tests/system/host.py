@@ -142,7 +142,7 @@ class Host:
         """Stops and forgets the test's instances; fails if any process of theirs is left."""
         for name in dict.fromkeys(self._names):
             quoted = shlex.quote(f"vllmd@{name}.service")
-            places = f"/etc/vllmd/{name}.yaml /etc/vllmd/{name}.d /etc/systemd/system/vllmd@{name}.service.d /var/lib/vllmd/instances/{name}"
+            places = f"/etc/vllmd/{name}.yaml /etc/vllmd/{name}.d /etc/systemd/system/vllmd@{name}.service.d /var/lib/vllmd/instances/{name} /etc/vllmd/.generations/{name}"
             self.shell(f"systemctl stop {quoted} || :; systemctl reset-failed {quoted} 2>/dev/null || :; rm -rf {places}", timeout_s=120)
         self.run("systemctl", "daemon-reload")
         assert self.container.processes("vllmd") == {}
