@@ -24,10 +24,11 @@ from vllmd.config import layers, show
 from vllmd.config.layers import HOST_FILE
 from vllmd.config.paths import Paths
 from vllmd.config.redact import redactor
+from vllmd.config.settings import EngineChoice
 from vllmd.config.values import printable
 from vllmd.ctl_files import text
 from vllmd.ctl_generations import Generation
-from vllmd.engines import install, registry
+from vllmd.engines import choice, registry
 from vllmd.errors import ConfigError, ModelNotFound, PermissionMissing, UsageError, VllmdError
 from vllmd.instance import generations
 from vllmd.instance.generations import BEFORE, Kept
@@ -166,10 +167,10 @@ def _pins(paths: Paths, instance: str, chosen: Generation) -> tuple[dict[str, An
             pins["model"] = str(directory)
             pins["serve"] = {"served_model_name": prepared.config.serve.served_model_name or request.name}
             told.append(f"the model is pinned to version {version[:12]}, {directory}")
-    engine = _engine(paths, prepared.config.engine.executable, chosen)
+    engine = _engine(paths, prepared.config.engine, chosen)
     if engine:
-        pins["engine"] = {"executable": str(engine)}
-        told.append(f"the engine is pinned to {engine.parent.parent.name}")
+        pins["engine"] = {"version": engine}
+        told.append(f"the engine is pinned to {engine}")
     return pins, tuple(told)
 
 
@@ -184,15 +185,16 @@ def _version(store: Path, own_label: str, version: str, chosen: Generation) -> P
     raise ModelNotFound("version_gone", what, "choose another generation, or import that version: vllmctl store import")
 
 
-def _engine(paths: Paths, configured: str, chosen: Generation) -> Path | None:
-    """The program of the engine to pin; None where the files decide, or where it is the one in use anyway."""
+def _engine(paths: Paths, configured: EngineChoice, chosen: Generation) -> str:
+    """The engine to pin, as `engine.version` has it; '' where the files decide, or where it is the one in use anyway."""
     wanted = text(chosen.record, "engine", "directory")
-    if configured or not wanted or wanted == install.current_name(paths.engines):
-        return None
-    if wanted not in dict(install.installed_engines(paths.engines)):
+    if configured.executable or not wanted:
+        return ""
+    if wanted not in dict(choice.installed_engines(paths.engines)):
         what = f"the engine of generation {chosen.number}, {printable(wanted)[:60]}, is not installed any more"
-        raise ConfigError("engine_gone", what, "install that version again: vllmctl engine install --version ...")
-    return paths.engines / wanted / "bin/vllm"
+        raise ConfigError("engine_gone", what, "install that version again: vllmctl engine install --no-use --version ...")
+    now = choice.pinned(paths.engines, configured.version) if configured.version else choice.current_name(paths.engines)
+    return "" if wanted == now else wanted
 
 
 # --- what is shown, and done

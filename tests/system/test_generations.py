@@ -42,9 +42,13 @@ def test_the_service_cannot_write_what_root_would_bring_back(host: Host) -> None
     before = host.container.path(f"/etc/vllmd/{name}.yaml").read_text()
     tried = host.run("runuser", "-u", "vllmd", "--", "sh", "-c", "ls /etc/vllmd/.generations; touch /etc/vllmd/.generations/x", check=False)
     assert tried.status != 0
-    record = f"/var/lib/vllmd/instances/{name}/generations/00002.json"
-    forge = f"runuser -u vllmd -- sh -c 'mkdir -p /var/lib/vllmd/evil && echo \"engine: {{executable: /tmp/evil}}\" > /var/lib/vllmd/evil/{name}.yaml"
-    host.shell(forge + f" && sed s,\\\"configuration\\\":.*,\\\"configuration\\\":\\\"../../../var/lib/vllmd/evil\\\"\\,, {record.replace('00002', '00001')} > {record}'")
+    folder = f"/var/lib/vllmd/instances/{name}/generations"
+    forged = {**json.loads(host.run("cat", f"{folder}/00001.json").out), "configuration": "../../../var/lib/vllmd/evil"}
+    host.container.write("/tmp/forged.json", json.dumps(forged))
+    host.container.write("/tmp/evil.yaml", "engine: {executable: /tmp/evil}")
+    host.shell("chmod a+r /tmp/forged.json /tmp/evil.yaml; runuser -u vllmd -- mkdir /var/lib/vllmd/evil")
+    host.run("runuser", "-u", "vllmd", "--", "cp", "/tmp/evil.yaml", f"/var/lib/vllmd/evil/{name}.yaml")
+    host.run("runuser", "-u", "vllmd", "--", "cp", "/tmp/forged.json", f"{folder}/00002.json")
     done = host.run("vllmctl", "rollback", name, "2", "--yes", check=False)
     assert done.status == 78
     assert host.container.path(f"/etc/vllmd/{name}.yaml").read_text() == before
