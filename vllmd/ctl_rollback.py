@@ -237,7 +237,18 @@ def _apply(paths: Paths, way: Way) -> None:
             path.unlink(missing_ok=True)
             continue
         each = way.files[name]
-        path.parent.mkdir(mode=0o755, exist_ok=True)
+        _directory(path.parent, paths.config)
         write_atomic(path, each.content, mode=each.mode)
         if os.geteuid() == 0:
             os.chown(path, each.uid, each.gid, follow_symlinks=False)
+
+
+def _directory(path: Path, like: Path) -> None:
+    """With the mode and owner of `like`: with root's umask at 077 the service could not look into it."""
+    if path.is_dir():
+        return
+    status = like.stat()
+    path.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        os.chown(path, status.st_uid, status.st_gid)
+    path.chmod(status.st_mode & 0o777)
