@@ -38,7 +38,7 @@ def allowed(instance: Instance) -> list[Allowed]:
     return [
         Allowed(f"{instance.root}/credentials/*", "systemd's credentials: 0400, of the service's user alone"),
         Allowed(f"{instance.root}/etc/demo.yaml", "where the administrator wrote the key, 0600"),
-        Allowed(f"{instance.runtime}/engine-config.yaml", "the engine's own configuration, 0600, gone with the engine"),
+        Allowed(f"{instance.root}/etc/.generations/demo/*/demo.yaml", "the same file, put aside by its owner for a rollback, below a directory of mode 0700"),
         Allowed("process supervisor environ", "whoever starts a program with secrets in its environment put them there"),
     ]
 

@@ -30,7 +30,8 @@ COMMANDS = ("vllmd", "vllmctl", "vllm-preflight", "vllm-resolve-model", "vllm-se
 STREAM = """
 import json, sys, urllib.request as r
 body = {"model": sys.argv[2], "prompt": "x", "max_tokens": 120, "stream": True, "ignore_eos": True}
-ask = r.Request(f"http://127.0.0.1:{sys.argv[1]}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"})
+key = json.load(open(f"/var/lib/vllmd/public/{sys.argv[2]}/credentials.json"))["apiKey"]
+ask = r.Request(f"http://127.0.0.1:{sys.argv[1]}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
 with r.urlopen(ask, timeout=60) as answer, open(sys.argv[3], "w", buffering=1) as out:
     for line in answer:
         out.write(line.decode())
