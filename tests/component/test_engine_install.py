@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -11,24 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.engine_wheels import PARSER, PLATFORMS, TORCH, wheel
 from vllmd import ctl_engine as command
 from vllmd.config.paths import root_paths
-from vllmd.engines import choice, install, packages, record
+from vllmd.engines import choice, install, record
 from vllmd.errors import EngineFailed, TryLater, UsageError, VllmdError
 
 pytestmark = pytest.mark.component
 
-PARSER = """
-import argparse
-class FlexibleArgumentParser(argparse.ArgumentParser):
-    pass
-"""
 ARGUMENTS = """
 def make_arg_parser(parser):
     parser.add_argument("--port", type=int)
@@ -41,26 +35,6 @@ import importlib.metadata, sys
 def main():
     print("vllm", importlib.metadata.version("vllm"), sys.argv[1:], sys.executable)
 """
-PLATFORMS = "class current_platform:\n    @staticmethod\n    def is_unspecified(): return False\n"
-TORCH = "__version__ = '2.0+cpu'\nclass version: cuda = None\nclass _C: pass\n"
-
-
-def wheel(directory: Path, name: str, version: str, files: dict[str, str], scripts: str = "") -> None:
-    info = f"{name}-{version}.dist-info"
-    content = {
-        **files,
-        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n",
-        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
-    }
-    if scripts:
-        content[f"{info}/entry_points.txt"] = scripts
-    sums = "".join(f"{path},sha256={packages.encoded(hashlib.sha256(text.encode()).digest())},{len(text.encode())}\n" for path, text in content.items())
-    content[f"{info}/RECORD"] = f"{sums}{info}/RECORD,,\n"
-    with zipfile.ZipFile(directory / f"{name}-{version}-py3-none-any.whl", "w") as archive:
-        for path, text in content.items():
-            entry = zipfile.ZipInfo(path)
-            entry.external_attr = (0o100755 if ".data/scripts/" in path else 0o100644) << 16
-            archive.writestr(entry, text)
 
 
 @pytest.fixture(scope="module")

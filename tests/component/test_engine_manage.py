@@ -16,8 +16,9 @@ from threading import Thread
 
 import pytest
 
-from tests.component.test_engine_install import listing, request, run, wheel
+from tests.component.test_engine_install import listing, request, run
 from tests.component.test_engine_install import wheels as wheels
+from tests.engine_wheels import wheel
 from vllmd import ctl_engine
 from vllmd.config.paths import Paths, root_paths
 from vllmd.engines import choice, install, locks, packages, record, verify

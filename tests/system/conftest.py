@@ -13,8 +13,10 @@ from tests.needs import need
 from tests.system.container import Container, cgroup2_mount, own_cgroup
 from tests.system.host import FAKE_ENGINE, Host
 from tests.system.tree import CHECKOUT, debian_tree, wheelhouse
+from tools.package.__main__ import Build, build
 
 _PARTS = ("vllmd", "units", "etc", "share", "tools", "tests/fakes", "pyproject.toml", "README.md", "LICENSE", "NEWS.md")
+EPOCH = 1_750_000_000
 _TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv", "unshare")
 
 
@@ -42,6 +44,16 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (stage, *stage.rglob("*")):
         path.chmod(0o755 if path.is_dir() or os.access(path, os.X_OK) else 0o644)
     return stage
+
+
+@pytest.fixture(scope="session")
+def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Packages of this checkout, and of the same with a higher version."""
+    out = tmp_path_factory.mktemp("packages")
+    for version in ("0.1.0", "0.1.1"):
+        build(Build("amd64", ("deb", "rpm"), version, out, EPOCH))
+    out.chmod(0o755)
+    return out
 
 
 @pytest.fixture(scope="session")

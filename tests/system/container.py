@@ -36,11 +36,13 @@ class Done:
 
 
 class Container:
-    """`with Container(tree, binds) as machine:` boots it; `binds` maps places inside to directories outside, read-only."""
+    """`with Container(tree, binds) as machine:` boots it; `binds` maps places inside to directories outside, read-only. What is written
+    inside is kept in `disk` where one is given: the next container with it is the same machine after a reboot."""
 
-    def __init__(self, tree: Path, binds: Mapping[str, Path]) -> None:
+    def __init__(self, tree: Path, binds: Mapping[str, Path], disk: Path | None = None) -> None:
         self.name = f"vllmd-machine-{os.getpid()}-{next(_numbers)}"
         self._tree = tree
+        self._disk = disk
         self._binds = dict(binds)
         self._cgroup = cgroup2_mount() / own_cgroup() / self.name
         self._nspawn: subprocess.Popen[str] | None = None
@@ -103,11 +105,12 @@ class Container:
     def _spawn(self) -> None:
         sweep_cgroups(self._cgroup.parent)
         self._cgroup.mkdir()
-        nspawn = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--volatile=overlay", "--private-network", "--boot"]
-        nspawn += [f"--directory={self._tree}", f"--machine={self.name}", *(f"--bind-ro={source}:{inside}" for inside, source in self._binds.items())]
+        nspawn = ["systemd-nspawn", "--quiet", "--register=no", "--keep-unit", "--private-network", "--boot"]
+        nspawn += [f"--directory={self._root()}", f"--machine={self.name}", *(f"--bind-ro={source}:{inside}" for inside, source in self._binds.items())]
+        nspawn += ["--volatile=overlay"] if self._disk is None else []
         self._log = self._cgroup_log()
         self._nspawn = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "TERM", "sh", "-c", _WITH_CGROUP, str(self._cgroup / "cgroup.procs"), *nspawn],
+            ["setpriv", "--pdeathsig", "TERM", "sh", "-c", _WITH_CGROUP, str(self._cgroup / "cgroup.procs"), *self._mounted(), *nspawn],
             env={"PATH": _PATH, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1"},
             stdin=subprocess.DEVNULL,
             stdout=self._log,
@@ -115,6 +118,18 @@ class Container:
             start_new_session=True,
             text=True,
         )
+
+    def _root(self) -> Path:
+        return self._tree if self._disk is None else self._disk / "root"
+
+    def _mounted(self) -> list[str]:
+        """A mount that nobody else sees, and that ends with nspawn."""
+        if self._disk is None:
+            return []
+        for name in ("upper", "work", "root"):
+            (self._disk / name).mkdir(mode=0o755, exist_ok=True)
+        layers = f"lowerdir={self._tree},upperdir={self._disk}/upper,workdir={self._disk}/work"
+        return ["unshare", "--mount", "sh", "-c", f'mount -t overlay overlay -o "{layers}" "{self._disk}/root" && exec "$@"', "sh"]
 
     def _cgroup_log(self) -> int:
         return os.memfd_create(f"{self.name}.log")

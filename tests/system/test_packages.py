@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from tests.needs import need
+from tests.system.conftest import EPOCH
 from tests.system.container import Container, wait_for
 from tests.system.extras import extra_packages
 from tests.system.host import FAKE_ENGINE, MODEL, Host
@@ -23,7 +24,6 @@ from tools.package.__main__ import Build, build
 
 pytestmark = pytest.mark.system
 
-EPOCH = 1_750_000_000
 OLD, NEW = "0.1.0-1", "0.1.1-1"
 LIB = "/usr/lib/vllmd"
 COMMANDS = ("vllmd", "vllmctl", "vllm-preflight", "vllm-resolve-model", "vllm-serve")
@@ -66,16 +66,6 @@ for module in sorted(pkgutil.iter_modules([site])):
 print(len(sys.modules))
 sys.exit("\\n".join(bad) or 0)
 """
-
-
-@pytest.fixture(scope="module")
-def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Packages of this checkout, and of the same with a higher version."""
-    out = tmp_path_factory.mktemp("packages")
-    for version in ("0.1.0", "0.1.1"):
-        build(Build("amd64", ("deb", "rpm"), version, out, EPOCH))
-    out.chmod(0o755)
-    return out
 
 
 @pytest.fixture(scope="module")

@@ -43,9 +43,9 @@ def suite() -> str:
     return chosen
 
 
-def debian_tree() -> Path:
-    """The root file system of the containers: nothing but Debian, never changed."""
-    release = suite()
+def debian_tree(release: str = "") -> Path:
+    """The root file system of the containers, of that release or of `suite`: nothing but Debian, never changed."""
+    release = release or suite()
     recipe = repr((release, PACKAGES, MASKED, "3"))
     return _cached(f"tree-{release}", recipe, lambda into: _debootstrap(into, release))
 
