@@ -45,6 +45,10 @@ def run(argv: Sequence[str]) -> int:
         from vllmd import ctl_keys
 
         return ctl_keys.main(rest[1:], paths)
+    if rest[:1] == ["backup"]:
+        from vllmd import ctl_backup
+
+        return ctl_backup.main(rest[1:], paths)
     arguments = _parser().parse_args(rest)
     return _perform(arguments, paths)
 
@@ -65,6 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_incidents(verbs)
     verbs.add_parser("api-key", help="show|list|add|rotate|revoke: the keys that clients send", add_help=False)
     _add_generations(verbs)
+    verbs.add_parser("backup", help="create|list|restore: configuration, keys and generations in one file", add_help=False)
     verbs.add_parser("engine", help="install|list|use|rollback|remove|verify: the engines of this host", add_help=False)
     verbs.add_parser("cache", help="list|clear: the caches of compiled code", add_help=False)
     verbs.add_parser("gpu", help="every GPU of this host, its owner and its health; gpu clear lifts a quarantine", add_help=False)

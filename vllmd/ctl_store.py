@@ -33,10 +33,10 @@ class Place:
 def main(argv: Sequence[str], paths: Paths) -> int:
     """Performs one command line; raises VllmdError."""
     arguments = _parser().parse_args(argv)
-    return _perform(arguments, _place(paths, arguments.dir, os.environ))
+    return _perform(arguments, place_of(paths, arguments.dir, os.environ))
 
 
-def _place(paths: Paths, given: str | None, environ: Mapping[str, str]) -> Place:
+def place_of(paths: Paths, given: str | None, environ: Mapping[str, str]) -> Place:
     """--dir, else model.dir of the host's configuration, else where models lie by default."""
     from vllmd.config import layers
     from vllmd.engines import registry

@@ -83,10 +83,14 @@ def test_from_an_empty_debian_to_a_purge_and_back(release: str, staged: Path, pa
         life.host.wait_unit("life", 60, ActiveState="active")
         assert life.key() == key
         life.completes()
+        backup = life.host.run("vllmctl", "backup", "create").out.strip()
         life.apt("purge", "vllmd")
         assert container.processes("vllmd") == {}
+        assert life.host.shell("ls -d /etc/vllmd /var/lib/vllmd/instances", check=False).out == ""
         install(life)
-        serve(life)
+        life.host.run("vllmctl", "backup", "restore", "--force", backup)
+        start(life)
+        assert life.key() == key
 
 
 def install(life: Life) -> None:
@@ -99,6 +103,11 @@ def serve(life: Life) -> None:
     program = host.shell("ls -d /usr/lib/vllmd/[0-9]*").out.split()[-1]
     host.run("runuser", "-u", "vllmd", "--", f"{program}/bin/python3", "-I", "-m", "vllmd.models.demo", MODEL)
     host.container.write("/etc/vllmd/life.yaml", json.dumps({"model": MODEL, "serve": {"port": 8000}, "engine": {"env": {"FAKE_TOKEN_S": "0.05"}}}))
+    start(life)
+
+
+def start(life: Life) -> None:
+    host = life.host
     done = host.run("systemctl", "enable", "--now", "vllmd@life", check=False, timeout_s=90)
     assert done.status == 0, host.log("life")
     life.completes()

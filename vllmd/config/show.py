@@ -22,20 +22,20 @@ def secrets(config: Config) -> tuple[str, ...]:
     """The values that redaction removes from anything printed."""
     found = [row.of(config) for row in config_rows(config).values() if row.setting.secret]
     found += [value for name, value in config.engine.env.items() if is_secret_name(name)]
-    found += [value for name, value in config.engine.args.items() if isinstance(value, str) and _names_secret(name)]
+    found += [value for name, value in config.engine.args.items() if isinstance(value, str) and names_secret(name)]
     return tuple(value for value in found if value)
 
 
 def _plain(value: Any, hidden: tuple[str, ...]) -> Any:
     """Lists and dicts as JSON has them, redacted to the leaves."""
     if isinstance(value, Mapping):
-        return {name: REDACTED if item and _names_secret(name) else _plain(item, hidden) for name, item in value.items()}
+        return {name: REDACTED if item and names_secret(name) else _plain(item, hidden) for name, item in value.items()}
     if isinstance(value, tuple | list):
         return [_plain(item, hidden) for item in value]
     return redact_text(value, hidden) if isinstance(value, str) else value
 
 
-def _names_secret(name: str) -> bool:
+def names_secret(name: str) -> bool:
     return is_secret_name(name.replace("-", "_"))
 
 

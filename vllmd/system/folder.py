@@ -71,6 +71,10 @@ class Folder:
         finally:
             fcntl.flock(self._fd, fcntl.LOCK_UN)
 
+    def names(self) -> list[str]:
+        """Of everything in it."""
+        return os.listdir(self._fd)  # noqa: PTH208 - by descriptor
+
     def read(self, name: str, limit_bytes: int) -> bytes | None:
         """None where there is none. A link, a fifo or a file that is too large is an OSError."""
         try:
@@ -90,13 +94,13 @@ class Folder:
             raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes", str(self.path / name))
         return content
 
-    def write(self, name: str, content: str, mode: int) -> None:
+    def write(self, name: str, content: str | bytes, mode: int) -> None:
         """As system/files.write_atomic: the old content or the new; whatever has the name is replaced, never followed."""
         temporary = f".{name}.{os.urandom(6).hex()}.tmp"
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
-            with open(descriptor, "w", encoding="utf-8") as stream:
-                stream.write(content)
+            with open(descriptor, "wb") as stream:
+                stream.write(content.encode() if isinstance(content, str) else content)
                 stream.flush()
                 self._own(descriptor)
                 os.fchmod(descriptor, mode)

@@ -1,0 +1,196 @@
+"""`vllmctl backup`: what is kept, what comes back, and what is refused, by the command itself on directories of the test's own."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import publishing
+from tests.component.daemons import quick, stop
+
+pytestmark = pytest.mark.component
+
+Run = Callable[..., "subprocess.CompletedProcess[str]"]
+SECRET = "sk-planted-4711-abcdefgh"
+CONFIG = {"model": "acme/Tiny", "serve": {"api_key": SECRET, "port": 8123}}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A host with one instance, its drop-in, a key and a generation, and a file of somebody's own."""
+    root = tmp_path / "root"
+    for name, text in {
+        "etc/vllmd.yaml": "log: {level: warning}\n",
+        "etc/demo.yaml": json.dumps(CONFIG),
+        "etc/demo.d/10-more.yaml": "watch: {hang_timeout_s: 33}\n",
+        "etc/.generations/demo/0123abcd/demo.yaml": json.dumps(CONFIG),
+        "lib/instances/demo/keys.json": '{"schema": 1, "keys": []}',
+        "lib/instances/demo/generations/00001.json": '{"schema": 1}',
+        "lib/instances/demo/last.json": "{}",
+    }.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (root / "etc/demo.yaml").chmod(0o600)
+    return root
+
+
+def run(root: Path, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "vllmd.ctl", "--root", str(root), "backup", *map(str, words)]
+    return subprocess.run([sys.executable, "-c", "import sys; from vllmd.ctl import main; sys.exit(main())", *command[3:]], capture_output=True, text=True, timeout=60, check=False)
+
+
+def created(root: Path, *words: object) -> Path:
+    done = run(root, "create", *words)
+    assert done.returncode == 0, done.stderr
+    return Path(done.stdout.strip())
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file() and "backups" not in path.parts}
+
+
+def test_what_was_made_comes_back_on_an_empty_host(root: Path, tmp_path: Path) -> None:
+    backup = created(root)
+    assert backup.parent == root / "backups"
+    assert (backup.stat().st_mode & 0o777, backup.parent.stat().st_mode & 0o777) == (0o600, 0o700)
+    new = tmp_path / "new"
+    done = run(new, "restore", backup)
+    assert done.returncode == 0, done.stderr
+    wanted = files(root)
+    del wanted["lib/instances/demo/last.json"]
+    assert files(new) == wanted
+    assert (new / "etc/demo.yaml").stat().st_mode & 0o777 == 0o600
+    assert (new / "etc/.generations").stat().st_mode & 0o777 == 0o700
+    assert "restart NAME, of demo" in done.stderr
+
+
+def test_any_tar_can_list_it(root: Path) -> None:
+    with tarfile.open(created(root)) as tar:
+        assert tar.getnames()[0] == "vllmd-backup.json"
+        assert "etc/demo.d/10-more.yaml" in tar.getnames()
+
+
+def test_without_secrets_there_is_none(root: Path, tmp_path: Path) -> None:
+    (root / "etc/broken.yaml").write_text(f"serve: {{api_key: {SECRET}, nonsense: 1}}\n")
+    done = run(root, "create", "--without-secrets")
+    assert "broken.yaml is left out, since its secrets cannot be told" in done.stderr
+    backup = Path(done.stdout.strip())
+    assert SECRET.encode() not in backup.read_bytes()
+    assert b"keys.json" not in backup.read_bytes()
+    assert run(tmp_path / "new", "restore", backup).returncode == 0
+    text = (tmp_path / "new/etc/demo.yaml").read_text()
+    assert yaml.safe_load(text) == {"model": "acme/Tiny", "serve": {"port": 8123}}
+    assert text.startswith("# Written by")
+    assert sorted(path.name for path in (tmp_path / "new/etc").iterdir()) == ["demo.d", "demo.yaml", "vllmd.yaml"]
+
+
+def test_what_is_there_is_replaced_only_by_force_and_kept(root: Path) -> None:
+    backup = created(root)
+    (root / "etc/demo.yaml").write_text("model: acme/Other\n")
+    (root / "etc/new.yaml").write_text("model: acme/New\n")
+    refused = run(root, "restore", backup)
+    assert refused.returncode == 64
+    assert str(root / "etc/demo.yaml") in refused.stderr
+    assert (root / "etc/demo.yaml").read_text() == "model: acme/Other\n"
+    done = run(root, "restore", "--force", backup)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((root / "etc/demo.yaml").read_text()) == CONFIG
+    assert (root / "etc/new.yaml").exists()
+    before = Path(done.stderr.partition("kept in ")[2].split()[0])
+    assert run(root, "restore", "--force", before).returncode == 0
+    assert (root / "etc/demo.yaml").read_text() == "model: acme/Other\n"
+
+
+@pytest.mark.parametrize("at", [600, -3000, -100])
+def test_one_flipped_byte_or_a_lost_end_is_refused_and_nothing_written(root: Path, tmp_path: Path, at: int) -> None:
+    backup = created(root)
+    data = bytearray(backup.read_bytes())
+    if at == -100:
+        data = data[: len(data) // 2]
+    else:
+        where = data.index(b"acme/Tiny") if at < 0 else at
+        data[where] ^= 1
+    backup.write_bytes(data)
+    done = run(tmp_path / "new", "restore", backup)
+    assert done.returncode == 65, done.stderr
+    assert not (tmp_path / "new").exists() or files(tmp_path / "new") == {}
+    assert "damaged" in run(root, "list").stdout
+
+
+@pytest.mark.parametrize("name", ["etc/../../evil", "/etc/passwd", "etc/a/../b", "instances/demo/launch.json", "credstore/other", "etc/" + "a/" * 9 + "b"])
+def test_an_archive_of_another_writes_nowhere_else(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "evil.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        head = json.dumps({"schema": 1, "files": [{"name": name, "size": 1, "mode": 0o644, "sha256": "0"}]}).encode()
+        for each, content in (("vllmd-backup.json", head), (name, b"x")):
+            info = tarfile.TarInfo(each)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    done = run(tmp_path / "new", "restore", path)
+    assert done.returncode == 65
+    assert "no file of a backup" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_links_in_the_service_s_directories_are_followed_neither_way(root: Path, tmp_path: Path) -> None:
+    secret = tmp_path / "shadow"
+    secret.write_text("ROOT ONLY")
+    keys = root / "lib/instances/demo/keys.json"
+    backup = created(root)
+    keys.unlink()
+    keys.symlink_to(secret)
+    assert b"ROOT ONLY" not in created(root).read_bytes()
+    assert run(root, "restore", "--force", backup).returncode == 0
+    assert (secret.read_text(), keys.is_symlink()) == ("ROOT ONLY", False)
+    folder = root / "lib/instances/demo"
+    (root / "lib/aside").mkdir()
+    folder.rename(root / "lib/was")
+    folder.symlink_to(root / "lib/aside")
+    assert run(root, "restore", "--force", backup).returncode == 74
+    assert list((root / "lib/aside").iterdir()) == []
+
+
+def test_models_come_along_and_back(root: Path, tmp_path: Path) -> None:
+    publishing.publish_version(root / "lib/models", 1)
+    backup = created(root, "--with-models", "-o", tmp_path / "all.tar")
+    new = tmp_path / "new"
+    done = run(new, "restore", backup)
+    assert done.returncode == 0, done.stderr
+    listed = subprocess.run([sys.executable, "-c", "import sys; from vllmd.ctl import main; sys.exit(main())", "--root", str(new), "store", "list"], capture_output=True, text=True, check=True)
+    assert "acme/Tiny" in listed.stdout
+    for path in (tmp_path / "all.tar.models").iterdir():
+        path.unlink()
+    assert run(tmp_path / "third", "restore", backup).returncode == 64
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_running_instance_has_its_key_again_after_everything_was_lost() -> None:
+    with quick(config={"serve": {"auth": "key"}}) as instance:
+        instance.wait_ready()
+        keys = instance.state / "keys.json"
+        before = keys.read_bytes()
+        backup = created(instance.root)
+        stop(instance)
+        keys.unlink()
+        (instance.root / "etc/demo.yaml").unlink()
+        assert run(instance.root, "restore", backup).returncode == 0
+        assert keys.read_bytes() == before
+        instance.start()
+        instance.wait_ready()
+        assert keys.read_bytes() == before
+        stop(instance)
+
+
+def test_who_may_not_read_is_told_so(root: Path) -> None:
+    assert run(root, "restore", root / "absent.tar").returncode == 64
+    if os.geteuid() == 0:
+        assert run(root, "create", "-o", "/proc/none/x.tar").returncode == 74
