@@ -209,7 +209,9 @@ def test_imported_model_is_served_and_cannot_be_removed_meanwhile(here: Host) ->
         refused = there.run("rm", "acme/Tiny", "--yes", "--force")
         assert (refused.returncode, b"in use by demo" in refused.stderr) == (75, True)
         stop(instance)
-        assert there.run("rm", "acme/Tiny", "--yes").returncode == 0
+        refused = there.run("rm", "acme/Tiny", "--yes")
+        assert (refused.returncode, b"kept for a rollback of demo" in refused.stderr) == (64, True)
+        assert there.run("rm", "acme/Tiny", "--yes", "--force").returncode == 0
 
 
 # Hostile, and broken on the way.

@@ -131,6 +131,8 @@ def test_a_reinstalled_engine_stands_beside_the_old_one(wheels: Path, installed:
 
 def installer(engines: Path, wheels: Path) -> subprocess.Popen[str]:
     code = (
+        # What a shell starts in the background ignores Ctrl-C, and so do its children.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from pathlib import Path; from vllmd.config.paths import root_paths; from vllmd.ctl_engine import main\n"
         "sys.exit(main(['install', '--cpu', '--version', '1.0', '--wheels', sys.argv[2]], root_paths(Path(sys.argv[1]))))"
     )

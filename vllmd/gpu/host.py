@@ -33,6 +33,7 @@ from vllmd.system.threads import in_thread
 
 AGAIN_S = 60.0
 """The same error of the same GPU is journalled this often at most; all of them are counted."""
+SETTLE_S = 2.0
 _REMEMBERED = 1024
 _POSITION = "gpu-kmsg.json"
 TEXTFILE = "vllmd_gpu_watch.prom"
@@ -89,6 +90,7 @@ class Host:
             await ended.wait()
         finally:
             self._notifier.stopping("stopping")
+            await self._settle(watch)
             for task in (turns, watch):
                 task.cancel()
             ends = await asyncio.gather(turns, watch, return_exceptions=True)
@@ -137,6 +139,13 @@ class Host:
         """None where there is nothing new, or something of it waits for the driver or the disk: whoever is killed now has not told it."""
         position = self._watch.kmsg.position
         return position if position != self._saved and self._watch.is_settled else None
+
+    async def _settle(self, watch: asyncio.Task[None]) -> None:
+        """A quarantine that is being written is waited for: cut off now, the next service would take its line for new."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(SETTLE_S):
+                while not self._watch.is_settled and not watch.done():
+                    await asyncio.sleep(0.02)
 
     def _save_position(self, position: int) -> None:
         """So that the next service does not take for new what this one has told, and a person may have cleared."""
