@@ -76,7 +76,7 @@ def marks(fault: Fault) -> Any:
 def instance(executable: Path, models: Path, config: dict[str, Any] | None = None) -> Instance:
     """Not started. Without a key: the watch needs none for what it reads, and its own requests are tested with one elsewhere."""
     args = {"enforce-eager": True, "dtype": "float32"}
-    own = {"model": {"path": str(models / "generate")}, "gpus": "none", "engine": {"args": args, "env": REAL_ENV}, "watch": WATCH}
+    own = {"model": {"path": str(models / "generate")}, "serve": {"auth": "none"}, "gpus": "none", "engine": {"args": args, "env": REAL_ENV}, "watch": WATCH}
     return Instance(config=merged(own, config or {}), engine=executable, cgroup=True)
 
 
