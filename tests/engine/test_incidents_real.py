@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.engine.server import Kind
+from tests.engine.server import ENDLESS, Kind
 from tests.engine.test_daemon_real import KEY, QUESTION, READY_S, client, instance, nothing_left
 from tests.harness import Instance, merged
 from vllmd.instance.incident import EXAMINE_S
@@ -48,7 +48,8 @@ def test_a_hang_under_load_shows_every_process_and_the_last_metrics(kind: Kind) 
     with served:
         served.wait_ready(READY_S)
         with client(served) as api:
-            stream = iter(api.chat.completions.create(**QUESTION, max_tokens=1500, stream=True))
+            # One that ended before the stop would leave an idle engine, whose hang shows minutes later.
+            stream = iter(api.chat.completions.create(**QUESTION, max_tokens=ENDLESS, stream=True))
             next(stream)
             core = served.engine_process("VLLM::EngineCore").pid
             served.kill_engine("VLLM::EngineCore", signal.SIGSTOP)

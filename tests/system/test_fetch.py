@@ -263,7 +263,7 @@ def test_vllmctl_shows_the_download_and_keeps_what_is_served(host: Host, hub: Fa
     assert refused.status == 75
     assert name in refused.err
     host.stop(name)
-    host.run("vllmctl", "store", "rm", "--yes", ID)
+    host.run("vllmctl", "store", "rm", "--yes", "--force", ID)  # other tests' generations may go back to it
     assert [item for item in listed(host) if item["identity"] == ID] == []
 
 
@@ -280,7 +280,7 @@ def test_model_that_root_imports_is_the_service_s_own(host: Host, hub: FakeHub, 
     host.stop(name)
     try:
         host.run("vllmctl", "store", "export", ID, "-o", "/root/tiny.tar")
-        host.run("vllmctl", "store", "rm", "--yes", ID)
+        host.run("vllmctl", "store", "rm", "--yes", "--force", ID)  # other tests' generations may go back to it
         host.run("vllmctl", "store", "import", "/root/tiny.tar")
     finally:
         host.shell("rm -f /root/tiny.tar")

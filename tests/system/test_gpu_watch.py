@@ -72,7 +72,10 @@ def test_on_a_host_without_a_gpu_it_is_skipped(host: Host) -> None:
 def test_a_lost_gpu_is_quarantined_for_every_instance_until_a_person_clears_it(gpus: Gpus) -> None:
     host = gpus.host
     assert (gpus.show("ActiveState"), gpus.show("User")) == ("active", "vllmd")
-    assert host.run("stat", "-c", "%U %G %a", "/run/vllmd/gpu.sock").out.strip() == "vllmd vllmd-admin 660"
+    connects = "import socket; socket.socket(socket.AF_UNIX).connect('/run/vllmd/gpu.sock')"
+    assert host.run("stat", "-c", "%U %G %a", "/run/vllmd/gpu.sock").out.strip() == "vllmd vllmd 660"
+    assert host.run("runuser", "-u", "nobody", "-g", "vllmd-admin", "--", "python3", "-c", connects, check=False).status == 0
+    assert "Permission denied" in host.run("runuser", "-u", "nobody", "--", "python3", "-c", connects, check=False).err
     wait_for(lambda: "2 GPUs" in gpus.show("StatusText"), 10, "the status")
     gpus.xid(79, 1)
     record = wait_for(lambda: host.shell(f"cat /var/lib/vllmd/gpus/{uuid(1)}.json", check=False).out, 10, "the quarantine")
