@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.engine.server import ENDLESS, Kind
+from tests.engine.server import Kind
 from tests.engine.test_daemon_real import KEY, QUESTION, READY_S, client, instance, nothing_left
 from tests.harness import Instance, merged
 from vllmd.instance.incident import EXAMINE_S
@@ -47,12 +48,11 @@ def test_a_hang_under_load_shows_every_process_and_the_last_metrics(kind: Kind) 
     served.write_config()
     with served:
         served.wait_ready(READY_S)
+        core = served.engine_process("VLLM::EngineCore").pid  # to look for it takes a part of the second that the stream lasts
         with client(served) as api:
-            # One that ended before the stop would leave an idle engine, whose hang shows minutes later.
-            stream = iter(api.chat.completions.create(**QUESTION, max_tokens=ENDLESS, stream=True))
+            stream = iter(api.chat.completions.create(**QUESTION, max_tokens=2000, stream=True))
             next(stream)
-            core = served.engine_process("VLLM::EngineCore").pid
-            served.kill_engine("VLLM::EngineCore", signal.SIGSTOP)
+            os.kill(core, signal.SIGSTOP)
             assert served.wait_exit(60) == 75, served.describe()
         assert served.last_json()["error"]["code"] == "engine_hung"
         folder, summary = newest(served)
