@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Coroutine
 from functools import partial
 from pathlib import Path
@@ -86,11 +87,12 @@ class Publisher:
 
     async def _write(self, path: Path, interval_s: float) -> None:
         said = _Said(self._journal, str(path))
+        file = _File(path)
         try:
             while True:
                 try:
                     content = self._route()[1]
-                    await in_thread(partial(_replace, path, content))
+                    await in_thread(partial(file.replace, content))
                     said.works(f"metrics are written to {path}")
                 except OSError as error:
                     hint = f"{path.parent} must exist and be writable for the service: chown it, and name it in ReadWritePaths= of the unit."
@@ -102,7 +104,7 @@ class Publisher:
             # A file that stays would tell for ever that all is well.
             with contextlib.suppress(OSError, TimeoutError):
                 async with asyncio.timeout(_REMOVE_S):
-                    await in_thread(lambda: path.unlink(missing_ok=True))
+                    await in_thread(file.remove)
 
 
 class _Said:
@@ -124,11 +126,29 @@ class _Said:
             self._journal.event("", what, priority=5)
 
 
-def _replace(path: Path, content: bytes) -> None:
-    if not path.parent.is_dir():  # in /run it is gone after a reboot
-        path.parent.mkdir(mode=0o755, exist_ok=True)
-        path.parent.chmod(0o755)  # node_exporter is another user, whatever our umask is
-    write_atomic(path, content, fsync=False)
+class _File:
+    """Its methods run in threads of their own. What a cancelled `replace` still does comes before `remove`, or not at all: one
+    that was overtaken wrote the file again behind its removal."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._removed = False
+
+    def replace(self, content: bytes) -> None:
+        with self._lock:
+            if self._removed:
+                return
+            directory = self._path.parent
+            if not directory.is_dir():  # in /run it is gone after a reboot
+                directory.mkdir(mode=0o755, exist_ok=True)
+                directory.chmod(0o755)  # node_exporter is another user, whatever our umask is
+            write_atomic(self._path, content, fsync=False)
+
+    def remove(self) -> None:
+        with self._lock:
+            self._removed = True
+            self._path.unlink(missing_ok=True)
 
 
 def _server(where: str, route: Route) -> ControlServer | TcpServer:
