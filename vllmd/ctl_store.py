@@ -9,15 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllmd import ctl_store_owner
 from vllmd.commandline import Parser
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Model
 from vllmd.errors import PermissionMissing
 
 _DESCRIPTION = "What lies in the model store of this host: models that were fetched, hub caches, directories of your own."
-_CHANGING = ("verify", "rm", "gc", "pin", "unpin", "import")
-"""verify marks what it finds damaged."""
 _IDS = "as `vllmctl store list` shows it: an id, an id with its @revision, or the name in the store"
 
 
@@ -104,8 +101,6 @@ def _count(text: str) -> int:
 
 
 def _perform(arguments: argparse.Namespace, place: Place) -> int:
-    if arguments.verb in _CHANGING:
-        ctl_store_owner.check(place.store)
     match arguments.verb:
         case "list":
             from vllmd import ctl_store_list

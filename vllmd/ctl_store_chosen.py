@@ -13,6 +13,7 @@ from vllmd.models import catalog
 from vllmd.models.catalog import PUBLISHED_KIND, Catalog, Item
 from vllmd.models.ioerrors import explained, user_name
 from vllmd.models.places import is_directory, present
+from vllmd.system.owner import as_owner
 
 _VERSION = re.compile(r"[0-9a-f]{6,64}")
 LIST = "vllmctl store list shows what is"
@@ -30,6 +31,13 @@ def permitted(place: Place, what: str) -> Iterator[None]:
             owner = _owner(place)
             error.hint = f"Run it as root (sudo vllmctl store ...){f' or as {owner}' if owner else ''}; this is {user_name()}."
         raise
+
+
+@contextmanager
+def changing(place: Place, what: str) -> Iterator[None]:
+    """`permitted`, for what writes: root has the rights of the store's owner there, who may be the service's user."""
+    with permitted(place, what), as_owner(place.store):
+        yield
 
 
 def _owner(place: Place) -> str:

@@ -10,7 +10,7 @@ from itertools import groupby
 from pathlib import Path
 
 from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import look, permitted
+from vllmd.ctl_store_chosen import changing, look, permitted
 from vllmd.ctl_store_remove import describe, removed
 from vllmd.ctl_store_users import Users
 from vllmd.errors import ModelInvalid, PermissionMissing, StorageFailed, VllmdError
@@ -40,7 +40,7 @@ def collect(place: Place, keep: int, *, is_dry: bool) -> int:
             sys.stdout.write(f"would remove {each.what}: {amounts.size(each.bytes)}\n")
         sys.stdout.write(f"{amounts.size(sum(each.bytes for each in work))} could be freed\n" if work else "nothing to remove\n")
         return 0
-    with permitted(place, "clean up"):
+    with changing(place, "clean up"):
         _done(work)
     return 0
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 from vllmd.ctl_progress import Shown, progress
 from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import LIST, look, named, only, permitted, shown
+from vllmd.ctl_store_chosen import LIST, changing, look, named, only, permitted, shown
 from vllmd.errors import ModelInvalid, StorageFailed, UsageError
 from vllmd.models import amounts, archive, published
 from vllmd.models.catalog import HUB_KIND, LOCAL_KIND, PUBLISHED_KIND, Catalog, Item
@@ -166,7 +166,7 @@ def _opened(output: str) -> Iterator[int]:
 
 def take(place: Place, source: str, version: str | None) -> int:
     """Imports; what is there already stays as it is. ModelInvalid where the archive is not what it says."""
-    with _terminable(), _stream(source) as stream, permitted(place, "import into"):
+    with _terminable(), _stream(source) as stream, changing(place, "import into"):
         origin = "standard input" if source == STDIO else source
         incoming = archive.open_archive(stream.read, origin, place.store)
         identity, sha256 = incoming.contents.identity, incoming.contents.sha256

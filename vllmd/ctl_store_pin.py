@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import look, one_version, permitted
+from vllmd.ctl_store_chosen import changing, look, one_version
 from vllmd.ctl_store_remove import describe
 from vllmd.errors import ModelNotFound, UsageError
 from vllmd.models import pins
@@ -13,7 +13,7 @@ from vllmd.models import pins
 
 def pin(place: Place, name: str, version: str | None) -> int:
     item = one_version(look(place), name, version)
-    with permitted(place, "write"):
+    with changing(place, "write"):
         is_new = pins.pin(place.store, item.directory)
     sys.stdout.write(f"{describe(item)} is pinned{'' if is_new else ' already'}\n")
     return 0
@@ -29,7 +29,7 @@ def unpin(place: Place, name: str, version: str | None) -> int:
             which = ", ".join(each.version[:12] for each in chosen)
             raise UsageError("ambiguous", f"{len(chosen)} versions of {describe(item).partition(',')[0]} are pinned: {which}", "give --version")
         chosen = [item]
-    with permitted(place, "write"):
+    with changing(place, "write"):
         was_pinned = pins.unpin(place.store, chosen[0].version)
     if not was_pinned:
         raise ModelNotFound("not_pinned", f"{describe(chosen[0])} is not pinned", "vllmctl store list shows what is")

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterable
 
 from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import look, named, permitted, shown
+from vllmd.ctl_store_chosen import changing, look, named, shown
 from vllmd.ctl_store_users import Users
 from vllmd.errors import TryLater, UsageError
 from vllmd.models import amounts, discard, pins, retention
@@ -81,7 +81,7 @@ def _remove(place: Place, item: Item) -> None:
 
 def removed(place: Place, item: Item) -> Removed | InUse:
     """Removes one entry, whatever its kind, unless somebody uses it. StorageFailed, PermissionMissing."""
-    with permitted(place, f"remove {item.directory} from"):
+    with changing(place, f"remove {item.directory} from"):
         if item.kind == HUB_KIND:
             return discard.remove_hub(place.store, item)
         if item.kind != PUBLISHED_KIND:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 from vllmd.ctl_progress import Shown, progress
 from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import look, named, permitted, shown
+from vllmd.ctl_store_chosen import changing, look, named, permitted, shown
 from vllmd.ctl_store_remove import describe
 from vllmd.errors import ModelInvalid, UsageError
 from vllmd.models import amounts, audit, published
 from vllmd.models.audit import Expected
 from vllmd.models.catalog import HUB_KIND, PUBLISHED_KIND, Item
+from vllmd.system.owner import as_owner
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ def verify(place: Place, names: Sequence[str], *, everything: bool) -> int:
     with permitted(place, "verify"):
         verifiable = [(item, expected) for item in items if (expected := _expected(item, is_named=not everything)) is not None]
         for item, expected in verifiable:
-            wrong += _verify(item, expected)
+            wrong += _verify(place, item, expected)
     if everything and not verifiable:
         sys.stdout.write(f"there is nothing in {place.store} that sums speak for\n")
     if wrong:
@@ -63,7 +64,7 @@ def _expected(item: Item, *, is_named: bool) -> Expected | None:
     return expected
 
 
-def _verify(item: Item, expected: Expected) -> list[Wrong]:
+def _verify(place: Place, item: Item, expected: Expected) -> list[Wrong]:
     began = time.monotonic()
     with progress(shown(item.identity)) as show:
 
@@ -72,7 +73,7 @@ def _verify(item: Item, expected: Expected) -> list[Wrong]:
 
         wrong = audit.differences(expected, report)
     if item.kind == PUBLISHED_KIND:
-        _remember(item, wrong)
+        _remember(place, item, wrong)
     for name, reason in wrong.items():
         sys.stdout.write(f"{_called(item)}: {shown(name)} {reason}\n")
     if not wrong:
@@ -80,14 +81,16 @@ def _verify(item: Item, expected: Expected) -> list[Wrong]:
     return [Wrong(expected.directory / name, reason, _hint(item)) for name, reason in wrong.items()]
 
 
-def _remember(item: Item, wrong: Mapping[str, str]) -> None:
+def _remember(place: Place, item: Item, wrong: Mapping[str, str]) -> None:
     if wrong:
         try:
-            published.mark_damaged(item.directory, wrong)
+            with as_owner(place.store):
+                published.mark_damaged(item.directory, wrong)
         except OSError as error:
             sys.stderr.write(f"{_called(item)} could not be marked as damaged: {error.strerror}\n")
     elif item.damaged:
-        published.forget_damage(item.directory)
+        with changing(place, "write"):
+            published.forget_damage(item.directory)
         sys.stdout.write(f"{_called(item)}: was marked as damaged; every byte of it is right now\n")
 
 

@@ -17,9 +17,9 @@ _CONTENT = {errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMET
 
 def user_name() -> str:
     try:
-        return pwd.getpwuid(os.geteuid()).pw_name
+        return pwd.getpwuid(os.getuid()).pw_name
     except KeyError:
-        return f"uid {os.geteuid()}"
+        return f"uid {os.getuid()}"
 
 
 def translated(error: OSError, what: str) -> VllmdError:

@@ -64,9 +64,6 @@ def pin(store: Path, directory: Path) -> bool:
     noted = Pin(directory.parent.name, datetime.now(UTC).isoformat(timespec="seconds").replace("+00:00", "Z"), _who())
     path = private_directory(store, DIRECTORY) / directory.name
     write_atomic(path, json.dumps({"schema": SCHEMA, **asdict(noted)}) + "\n")
-    if os.geteuid() == 0:
-        owner = store.stat()
-        os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
     return True
 
 
@@ -81,4 +78,4 @@ def unpin(store: Path, manifest_sha256: str) -> bool:
 def _who() -> str:
     """Who asked: sudo's own word for the person behind root, where there is one."""
     person = os.environ.get("SUDO_USER", "")
-    return person if person and person.isprintable() and os.geteuid() == 0 else user_name()
+    return person if person and person.isprintable() and os.getuid() == 0 else user_name()
