@@ -127,7 +127,7 @@ def _said(name: str) -> Iterator[Callable[[Progress], None]]:
 
 
 def _bar(within: contextlib.ExitStack, name: str) -> Callable[[Progress], None]:
-    from vllmd.ctl_progress import Shown, progress
+    from vllmd.ctl.progress import Shown, progress
 
     show = within.enter_context(progress(name))
     return lambda event: show(Shown(event.phase, event.fraction, event.text))

@@ -82,7 +82,7 @@ def test_a_driver_that_hangs_is_told_at_the_deadline() -> None:
     with GpuHost() as host:
         host.stub.set(hang="nvmlDeviceGetTemperature")
         began = time.monotonic()
-        done = ctl(host, before="import vllmd.ctl_gpu_facts as facts; facts.DRIVER_TIMEOUT_S = 1.5")
+        done = ctl(host, before="import vllmd.ctl.gpu_facts as facts; facts.DRIVER_TIMEOUT_S = 1.5")
         assert time.monotonic() - began < 20
         assert done.returncode == 69
         assert "stuck in nvmlDeviceGetTemperature" in done.stdout

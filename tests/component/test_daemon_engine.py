@@ -13,8 +13,10 @@ import pytest
 from tests.component.daemons import quick, stop
 from tests.harness import Instance
 from tests.procs import wait_until
-from vllmd import ctl, ctl_cache, ctl_engine
+from vllmd import ctl
 from vllmd.config.paths import root_paths
+from vllmd.ctl import cache as ctl_cache
+from vllmd.ctl import engine as ctl_engine
 from vllmd.engines import choice, record
 from vllmd.errors import TryLater, UsageError
 

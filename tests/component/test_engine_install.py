@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.engine_wheels import PARSER, PLATFORMS, TORCH, wheel
-from vllmd import ctl_engine as command
 from vllmd.config.paths import root_paths
+from vllmd.ctl import engine as command
 from vllmd.engines import choice, install, record
 from vllmd.errors import EngineFailed, TryLater, UsageError, VllmdError
 
@@ -133,7 +133,7 @@ def installer(engines: Path, wheels: Path) -> subprocess.Popen[str]:
     code = (
         # What a shell starts in the background ignores Ctrl-C, and so do its children.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "import sys; from pathlib import Path; from vllmd.config.paths import root_paths; from vllmd.ctl_engine import main\n"
+        "import sys; from pathlib import Path; from vllmd.config.paths import root_paths; from vllmd.ctl.engine import main\n"
         "sys.exit(main(['install', '--cpu', '--version', '1.0', '--wheels', sys.argv[2]], root_paths(Path(sys.argv[1]))))"
     )
     command_line = [sys.executable, "-c", code, str(engines.parent), str(wheels)]

@@ -19,8 +19,8 @@ import pytest
 from tests.component.test_engine_install import listing, request, run
 from tests.component.test_engine_install import wheels as wheels
 from tests.engine_wheels import wheel
-from vllmd import ctl_engine
 from vllmd.config.paths import Paths, root_paths
+from vllmd.ctl import engine as ctl_engine
 from vllmd.engines import choice, install, locks, packages, record, verify
 from vllmd.errors import EngineFailed, TryLater, UsageError, VllmdError
 from vllmd.system import sharedlock

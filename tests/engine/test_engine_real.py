@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.harness import Instance
-from vllmd import ctl_cache
 from vllmd.config.paths import root_paths
+from vllmd.ctl import cache as ctl_cache
 from vllmd.engines import packages, record, verify, vllm_inspect
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]

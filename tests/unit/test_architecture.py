@@ -32,8 +32,7 @@ CHILD_ONLY = {"pynvml", "boto3", "botocore", "huggingface_hub", "hf_xet", "blake
 
 
 def layer(module: str) -> str:
-    name = module.split(".")[1] if "." in module else ""
-    return "ctl" if name.startswith("ctl_") else name
+    return module.split(".")[1] if "." in module else ""
 
 
 def modules() -> Iterator[tuple[str, ast.Module]]:

@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllmd.ctl_store_gc import surplus
-from vllmd.ctl_store_list import table
+from vllmd.ctl.store_gc import surplus
+from vllmd.ctl.store_list import table
 from vllmd.models.catalog import Catalog, Item
 from vllmd.models.inuse import Flocks
 from vllmd.models.measure import Measure

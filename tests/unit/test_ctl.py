@@ -10,8 +10,13 @@ from typing import Any
 
 import pytest
 
-from vllmd import commandline, ctl, ctl_files, ctl_follow, ctl_logs, ctl_status, ctl_unit
+from vllmd import commandline, ctl
 from vllmd.config.paths import SYSTEM, Paths, root_paths
+from vllmd.ctl import files as ctl_files
+from vllmd.ctl import follow as ctl_follow
+from vllmd.ctl import logs as ctl_logs
+from vllmd.ctl import status as ctl_status
+from vllmd.ctl import unit as ctl_unit
 from vllmd.errors import Status, UsageError, VllmdError
 from vllmd.system.journal import Journal
 
@@ -94,7 +99,7 @@ def test_an_instance_may_be_given_as_its_unit(text: str) -> None:
 
 
 def test_engine_verb_gets_its_own_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vllmd import ctl_engine as command
+    from vllmd.ctl import engine as command
 
     seen: list[Any] = []
 

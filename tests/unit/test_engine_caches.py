@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.unit.engine_contexts import context
-from vllmd import ctl_cache
 from vllmd.config.paths import Paths, root_paths
+from vllmd.ctl import cache as ctl_cache
 from vllmd.engines import caches
 from vllmd.engines.protocol import Context
 from vllmd.engines.vllm import Vllm

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 
 from tests.unit.engine_contexts import context
-from vllmd import ctl_engine, ctl_engine_fit, ctl_status
 from vllmd.config.paths import Paths, root_paths
+from vllmd.ctl import engine as ctl_engine
+from vllmd.ctl import engine_fit as ctl_engine_fit
+from vllmd.ctl import status as ctl_status
 from vllmd.engines import choice, record
 from vllmd.engines.protocol import SettingRefused
 from vllmd.engines.record import Record

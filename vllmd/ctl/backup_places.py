@@ -17,7 +17,7 @@ import yaml
 from vllmd.config import layers, show
 from vllmd.config.paths import Paths
 from vllmd.config.redact import redact_text
-from vllmd.ctl_backup_archive import FILE_BYTES, Entry, is_name
+from vllmd.ctl.backup_archive import FILE_BYTES, Entry, is_name
 from vllmd.engines import registry
 from vllmd.errors import VllmdError
 from vllmd.instance.generations import FILES_FOLDER

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from vllmd import ctl_files as files
-from vllmd import ctl_unit as units
 from vllmd.config.paths import Paths
-from vllmd.ctl_unit import UnitState
+from vllmd.ctl import files
+from vllmd.ctl import unit as units
+from vllmd.ctl.unit import UnitState
 from vllmd.engines import choice
 from vllmd.errors import UsageError
 

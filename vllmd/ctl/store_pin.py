@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import changing, look, one_version
-from vllmd.ctl_store_remove import describe
+from vllmd.ctl.store import Place
+from vllmd.ctl.store_chosen import changing, look, one_version
+from vllmd.ctl.store_remove import describe
 from vllmd.errors import ModelNotFound, UsageError
 from vllmd.models import pins
 

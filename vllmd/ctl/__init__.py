@@ -26,29 +26,29 @@ def run(argv: Sequence[str]) -> int:
     """Performs one command line; raises VllmdError."""
     paths, rest = take_globals(argv)
     if rest[:1] == ["engine"]:
-        from vllmd import ctl_engine
+        from vllmd.ctl import engine
 
-        return ctl_engine.main(rest[1:], paths)
+        return engine.main(rest[1:], paths)
     if rest[:1] == ["cache"]:
-        from vllmd import ctl_cache
+        from vllmd.ctl import cache
 
-        return ctl_cache.main(rest[1:], paths)
+        return cache.main(rest[1:], paths)
     if rest[:1] == ["store"]:
-        from vllmd import ctl_store
+        from vllmd.ctl import store
 
-        return ctl_store.main(rest[1:], paths)
+        return store.main(rest[1:], paths)
     if rest[:1] == ["gpu"]:
-        from vllmd import ctl_gpu
+        from vllmd.ctl import gpu
 
-        return ctl_gpu.main(rest[1:], paths)
+        return gpu.main(rest[1:], paths)
     if rest[:1] == ["api-key"]:
-        from vllmd import ctl_keys
+        from vllmd.ctl import keys
 
-        return ctl_keys.main(rest[1:], paths)
+        return keys.main(rest[1:], paths)
     if rest[:1] == ["backup"]:
-        from vllmd import ctl_backup
+        from vllmd.ctl import backup
 
-        return ctl_backup.main(rest[1:], paths)
+        return backup.main(rest[1:], paths)
     arguments = _parser().parse_args(rest)
     return _perform(arguments, paths)
 
@@ -135,41 +135,41 @@ def _add_generations(verbs: argparse._SubParsersAction[Parser]) -> None:
 def _perform(arguments: argparse.Namespace, paths: Paths) -> int:
     match arguments.verb:
         case "status":
-            from vllmd import ctl_status
+            from vllmd.ctl import status
 
-            return ctl_status.status(paths, arguments.name, as_json=arguments.json)
+            return status.status(paths, arguments.name, as_json=arguments.json)
         case "start" | "restart":
-            from vllmd import ctl_follow
+            from vllmd.ctl import follow
 
-            return ctl_follow.bring_up(paths, arguments.verb, arguments.name, wait=not arguments.no_wait, timeout_s=arguments.timeout)
+            return follow.bring_up(paths, arguments.verb, arguments.name, wait=not arguments.no_wait, timeout_s=arguments.timeout)
         case "pause":
-            from vllmd import ctl_pause
+            from vllmd.ctl import pause
 
-            return ctl_pause.pause(paths, arguments.name, for_text=arguments.for_text, why=arguments.why)
+            return pause.pause(paths, arguments.name, for_text=arguments.for_text, why=arguments.why)
         case "resume":
-            from vllmd import ctl_pause
+            from vllmd.ctl import pause
 
-            return ctl_pause.resume(paths, arguments.name)
+            return pause.resume(paths, arguments.name)
         case "incidents":
-            from vllmd import ctl_incidents
+            from vllmd.ctl import incidents
 
-            return ctl_incidents.incidents(paths, arguments.name, arguments.id, part=arguments.part, as_json=arguments.json)
+            return incidents.incidents(paths, arguments.name, arguments.id, part=arguments.part, as_json=arguments.json)
         case "generations":
-            from vllmd import ctl_generations
+            from vllmd.ctl import generations
 
             if arguments.keep:
-                return ctl_generations.keep(paths, arguments.name)
-            return ctl_generations.show(paths, arguments.name, as_json=arguments.json)
+                return generations.keep(paths, arguments.name)
+            return generations.show(paths, arguments.name, as_json=arguments.json)
         case "rollback":
-            from vllmd import ctl_rollback
+            from vllmd.ctl import rollback
 
-            options = ctl_rollback.Options(asks=not arguments.yes, restarts=not arguments.no_restart, host_file=arguments.host_file)
-            return ctl_rollback.rollback(paths, arguments.name, arguments.generation, options)
+            options = rollback.Options(asks=not arguments.yes, restarts=not arguments.no_restart, host_file=arguments.host_file)
+            return rollback.rollback(paths, arguments.name, arguments.generation, options)
         case "stop":
-            from vllmd import ctl_follow
+            from vllmd.ctl import follow
 
-            return ctl_follow.bring_down(paths, arguments.name)
+            return follow.bring_down(paths, arguments.name)
         case _:
-            from vllmd import ctl_logs
+            from vllmd.ctl import logs
 
-            return ctl_logs.logs(paths, arguments)
+            return logs.logs(paths, arguments)

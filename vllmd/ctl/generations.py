@@ -18,12 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllmd import ctl_incidents
-from vllmd import ctl_unit as units
 from vllmd.config.paths import Paths
 from vllmd.config.values import printable
-from vllmd.ctl_files import text
-from vllmd.ctl_store_list import table
+from vllmd.ctl import incidents
+from vllmd.ctl import unit as units
+from vllmd.ctl.files import text
+from vllmd.ctl.store_list import table
 from vllmd.errors import UsageError, VllmdError
 from vllmd.instance import generations
 from vllmd.system.files import storage_error
@@ -63,7 +63,7 @@ def show(paths: Paths, name: str, *, as_json: bool) -> int:
 
 def look(paths: Paths, instance: str) -> list[Generation]:
     """Newest first. PermissionMissing, StorageFailed."""
-    with ctl_incidents.opened(paths, instance, generations.FOLDER) as folder:
+    with incidents.opened(paths, instance, generations.FOLDER) as folder:
         records = [(number, _read(folder.descriptor, number)) for number in _numbers(folder.descriptor)]
     now = present(paths, instance)
     found: list[Generation] = []
@@ -85,7 +85,7 @@ def _numbers(descriptor: int) -> list[int]:
 
 def _read(descriptor: int, number: int) -> dict[str, Any]:
     try:
-        value = json.loads(ctl_incidents.read_at(descriptor, f"{number:05}.json", generations.RECORD_BYTES))
+        value = json.loads(incidents.read_at(descriptor, f"{number:05}.json", generations.RECORD_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

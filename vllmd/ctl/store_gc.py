@@ -9,10 +9,10 @@ from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import changing, look, permitted
-from vllmd.ctl_store_remove import describe, removed
-from vllmd.ctl_store_users import Users
+from vllmd.ctl.store import Place
+from vllmd.ctl.store_chosen import changing, look, permitted
+from vllmd.ctl.store_remove import describe, removed
+from vllmd.ctl.store_users import Users
 from vllmd.errors import ModelInvalid, PermissionMissing, StorageFailed, VllmdError
 from vllmd.models import amounts, discard, leftovers
 from vllmd.models.catalog import PUBLISHED_KIND, Catalog, Item

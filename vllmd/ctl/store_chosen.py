@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from vllmd.config.values import printable
-from vllmd.ctl_store import Place
+from vllmd.ctl.store import Place
 from vllmd.errors import ConfigError, ModelNotFound, PermissionMissing, UsageError
 from vllmd.models import catalog
 from vllmd.models.catalog import PUBLISHED_KIND, Catalog, Item

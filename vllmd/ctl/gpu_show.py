@@ -7,7 +7,7 @@ from dataclasses import asdict
 from datetime import datetime
 from typing import Any
 
-from vllmd.ctl_gpu_facts import Host, Seen, todo
+from vllmd.ctl.gpu_facts import Host, Seen, todo
 
 _HEAD = ("GPU", "NAME", "UUID", "STATE", "OWNER", "MEMORY", "TEMP", "ERRORS")
 

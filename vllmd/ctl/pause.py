@@ -6,9 +6,9 @@ import re
 import sys
 from typing import Any
 
-from vllmd import ctl_control
-from vllmd import ctl_unit as units
 from vllmd.config.paths import Paths
+from vllmd.ctl import control
+from vllmd.ctl import unit as units
 from vllmd.errors import PermissionMissing, TryLater, UsageError, VllmdError
 
 _UNITS = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
@@ -38,13 +38,13 @@ def seconds(text: str) -> float:
 
 
 def _post(paths: Paths, name: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
-    return _answer(name, *ctl_control.ask(paths, name, "POST", path, body))
+    return _answer(name, *control.ask(paths, name, "POST", path, body))
 
 
 def _answer(name: str, status: int, text: str) -> dict[str, Any]:
     if status == 403:
-        raise PermissionMissing("not_allowed", f"you may not pause {name}: {text}", ctl_control.BE_ADMIN)
-    document = ctl_control.decoded(text)
+        raise PermissionMissing("not_allowed", f"you may not pause {name}: {text}", control.BE_ADMIN)
+    document = control.decoded(text)
     if status == 200:
         return document
     reason = document.get("error") or text or f"status {status}"

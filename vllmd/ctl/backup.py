@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from vllmd import __version__
-from vllmd import ctl_backup_archive as archive
-from vllmd import ctl_backup_places as places
 from vllmd.commandline import Parser
 from vllmd.config.paths import Paths
 from vllmd.config.values import printable
-from vllmd.ctl_backup_archive import Backup
+from vllmd.ctl import backup_archive as archive
+from vllmd.ctl import backup_places as places
+from vllmd.ctl.backup_archive import Backup
 from vllmd.errors import UsageError, VllmdError
 from vllmd.system.files import storage_error
 
@@ -92,8 +92,8 @@ def _new(paths: Paths) -> Path:
 
 def _export(paths: Paths, path: Path) -> tuple[str, ...]:
     """Each current published model into PATH.models, by `vllmctl store export`."""
-    from vllmd import ctl_store
-    from vllmd.ctl_store_chosen import look
+    from vllmd.ctl import store
+    from vllmd.ctl.store_chosen import look
     from vllmd.models.catalog import PUBLISHED_KIND
 
     folder = _models(path)
@@ -104,10 +104,10 @@ def _export(paths: Paths, path: Path) -> tuple[str, ...]:
     except OSError as error:
         raise storage_error(error, f"make {folder}") from error
     names: list[str] = []
-    for item in look(ctl_store.place_of(paths, None, os.environ)).items:
+    for item in look(store.place_of(paths, None, os.environ)).items:
         if item.kind == PUBLISHED_KIND and item.is_current:
             name = f"{len(names)}-{re.sub('[^A-Za-z0-9._-]', '-', item.identity)[:150]}.tar"
-            ctl_store.main(["export", item.identity, "-o", str(folder / name)], paths)
+            store.main(["export", item.identity, "-o", str(folder / name)], paths)
             names.append(name)
     return tuple(names)
 
@@ -170,10 +170,10 @@ def _restore(paths: Paths, path: Path, *, force: bool) -> int:
         _say(f"what was there is kept in {before}")
     places.put_back(paths, backup.entries)
     if backup.models:
-        from vllmd import ctl_store
+        from vllmd.ctl import store
 
         for name in backup.models:
-            ctl_store.main(["import", str(_models(path) / name)], paths)
+            store.main(["import", str(_models(path) / name)], paths)
     _say(f"{len(backup.entries)} files are back" + (f", and {len(backup.models)} models" if backup.models else ""))
     if not backup.has_secrets:
         _say("the backup has no secrets: keys are made anew at the next start; secret settings must be written again")

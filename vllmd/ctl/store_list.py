@@ -27,9 +27,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import look
-from vllmd.ctl_store_users import Users
+from vllmd.ctl.store import Place
+from vllmd.ctl.store_chosen import look
+from vllmd.ctl.store_users import Users
 from vllmd.models import amounts
 from vllmd.models.catalog import Catalog, Item
 from vllmd.models.places import is_directory

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllmd.ctl_progress import Shown, progress
-from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import changing, look, named, permitted, shown
-from vllmd.ctl_store_remove import describe
+from vllmd.ctl.progress import Shown, progress
+from vllmd.ctl.store import Place
+from vllmd.ctl.store_chosen import changing, look, named, permitted, shown
+from vllmd.ctl.store_remove import describe
 from vllmd.errors import ModelInvalid, UsageError
 from vllmd.models import amounts, audit, published
 from vllmd.models.audit import Expected

@@ -7,8 +7,8 @@ import os
 import shutil
 from typing import NoReturn
 
-from vllmd import ctl_unit as units
 from vllmd.config.paths import Paths
+from vllmd.ctl import unit as units
 
 SYSLOG_IDENTIFIERS = {"engine": "vllmd-engine", "events": "vllmd"}
 """What the supervisor writes its engine's lines and its own events as (system/journal)."""

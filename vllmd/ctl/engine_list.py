@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vllmd import ctl_engine_fit as fit
-from vllmd import ctl_files as files
 from vllmd.config import layers
 from vllmd.config.paths import Paths
 from vllmd.config.values import printable
+from vllmd.ctl import engine_fit as fit
+from vllmd.ctl import files
 from vllmd.engines import choice, record, registry
 from vllmd.errors import VllmdError
 

@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from vllmd import ctl_files as files
 from vllmd.config.paths import Paths
 from vllmd.core.xids import HINTS
+from vllmd.ctl import files
 from vllmd.gpu import client, leases, quarantine
 from vllmd.gpu.leases import Holder
 from vllmd.gpu.quarantine import Record

@@ -14,9 +14,9 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
-from vllmd.ctl_progress import Shown, progress
-from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import LIST, changing, look, named, only, permitted, shown
+from vllmd.ctl.progress import Shown, progress
+from vllmd.ctl.store import Place
+from vllmd.ctl.store_chosen import LIST, changing, look, named, only, permitted, shown
 from vllmd.errors import ModelInvalid, StorageFailed, UsageError
 from vllmd.models import amounts, archive, published
 from vllmd.models.catalog import HUB_KIND, LOCAL_KIND, PUBLISHED_KIND, Catalog, Item

@@ -21,10 +21,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from vllmd import ctl_unit as units
 from vllmd.config.paths import Paths
 from vllmd.config.values import printable
-from vllmd.ctl_files import number, text
+from vllmd.ctl import unit as units
+from vllmd.ctl.files import number, text
 from vllmd.errors import PermissionMissing, StorageFailed, UsageError
 from vllmd.instance.incident_store import FOLDER, SEEN, SUMMARY, SUMMARY_BYTES, listed
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from vllmd import ctl_files
 from vllmd.config.paths import Paths
+from vllmd.ctl import files
 from vllmd.models.catalog import Item
 from vllmd.models.inuse import Flocks
 
@@ -31,7 +31,7 @@ class Users:
         for runtime in sorted(paths.runtime.glob("i/*")):
             pids = flocks.holders(runtime / "lock")
             supervisors |= dict.fromkeys(pids, runtime.name)
-            directory = ctl_files.text(ctl_files.status(paths, runtime.name), "model", "directory") if pids else ""
+            directory = files.text(files.status(paths, runtime.name), "model", "directory") if pids else ""
             if directory:
                 real = os.path.realpath(directory)
                 serving[real] = (*serving.get(real, ()), runtime.name)

@@ -7,12 +7,12 @@ import json
 import sys
 from collections.abc import Sequence
 
-from vllmd import ctl_gpu_facts as facts
-from vllmd import ctl_gpu_show as show
 from vllmd.commandline import Parser
 from vllmd.config.paths import Paths
 from vllmd.core.xids import recovery
-from vllmd.ctl_gpu_facts import Host, Seen
+from vllmd.ctl import gpu_facts as facts
+from vllmd.ctl import gpu_show as show
+from vllmd.ctl.gpu_facts import Host, Seen
 from vllmd.errors import GpuUnavailable, PermissionMissing, UsageError
 from vllmd.gpu import quarantine
 from vllmd.gpu.quarantine import Record

@@ -5,9 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 
-from vllmd.ctl_store import Place
-from vllmd.ctl_store_chosen import changing, look, named, shown
-from vllmd.ctl_store_users import Users
+from vllmd.ctl.store import Place
+from vllmd.ctl.store_chosen import changing, look, named, shown
+from vllmd.ctl.store_users import Users
 from vllmd.errors import TryLater, UsageError
 from vllmd.models import amounts, discard, pins, retention
 from vllmd.models.catalog import HUB_KIND, LOCAL_KIND, PUBLISHED_KIND, Item

@@ -10,11 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 
-from vllmd import ctl_engine_fit as fit
-from vllmd import ctl_engine_list as listing
 from vllmd.commandline import INTERRUPTED, Parser
 from vllmd.config.paths import Paths
 from vllmd.config.values import printable
+from vllmd.ctl import engine_fit as fit
+from vllmd.ctl import engine_list as listing
 from vllmd.engines import build, choice, install, locks, remove, verify
 from vllmd.errors import Status, UsageError, VllmdError
 from vllmd.models.amounts import size

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from vllmd import ctl_files as files
-from vllmd import ctl_unit as units
 from vllmd.config.paths import Paths
-from vllmd.ctl_progress import Shown, progress
-from vllmd.ctl_unit import Systemd, UnitState
+from vllmd.ctl import files
+from vllmd.ctl import unit as units
+from vllmd.ctl.progress import Shown, progress
+from vllmd.ctl.unit import Systemd, UnitState
 from vllmd.errors import Status, TryLater, VllmdError
 
 _INTERVAL_S = 0.2

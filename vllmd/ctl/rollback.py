@@ -18,16 +18,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from vllmd import ctl_generations, stages
-from vllmd import ctl_unit as units
+from vllmd import stages
 from vllmd.config import layers, show
 from vllmd.config.layers import HOST_FILE
 from vllmd.config.paths import Paths
 from vllmd.config.redact import redactor
 from vllmd.config.settings import EngineChoice
 from vllmd.config.values import printable
-from vllmd.ctl_files import text
-from vllmd.ctl_generations import Generation
+from vllmd.ctl import unit as units
+from vllmd.ctl.files import text
+from vllmd.ctl.generations import Generation, check_owner, look
 from vllmd.engines import choice, registry
 from vllmd.errors import ConfigError, ModelNotFound, PermissionMissing, UsageError, VllmdError
 from vllmd.instance import generations
@@ -66,7 +66,7 @@ class Way:
 def rollback(paths: Paths, name: str, wanted: str | None, options: Options) -> int:
     """0 when READY again. Raises VllmdError: before anything was changed, or, after a restart that failed, with the way back."""
     instance = units.instance_name(name)
-    ctl_generations.check_owner(paths)
+    check_owner(paths)
     try:
         way = _before(paths, instance, options) if wanted == BEFORE else _back(paths, instance, _chosen(paths, instance, wanted), options)
     except OSError as error:
@@ -90,13 +90,13 @@ def rollback(paths: Paths, name: str, wanted: str | None, options: Options) -> i
 
 
 def _restart(paths: Paths, way: Way) -> int:
-    from vllmd import ctl_follow
+    from vllmd.ctl import follow
 
     if paths.scope == "root":
         sys.stdout.write("it is run by hand: restart it to let this take effect\n")
         return 0
     try:
-        return ctl_follow.bring_up(paths, "restart", way.instance, wait=True, timeout_s=None)
+        return follow.bring_up(paths, "restart", way.instance, wait=True, timeout_s=None)
     except VllmdError as error:
         error.what = f"the rollback did not help: {error.what}"
         error.hint = f"{error.hint}; to undo the rollback: vllmctl rollback {way.instance} {BEFORE}"
@@ -107,7 +107,7 @@ def _restart(paths: Paths, way: Way) -> int:
 
 
 def _chosen(paths: Paths, instance: str, wanted: str | None) -> Generation:
-    found = ctl_generations.look(paths, instance)
+    found = look(paths, instance)
     hint = f"`vllmctl generations {instance}` lists them"
     if wanted is not None:
         chosen = [each for each in found if wanted.isascii() and wanted.isdigit() and each.number == int(wanted)]

@@ -13,13 +13,13 @@ import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 
-from vllmd import ctl_control
-from vllmd import ctl_unit as units
 from vllmd.commandline import Parser
 from vllmd.config.paths import Paths
 from vllmd.core import keyring
 from vllmd.core.keyring import DEFAULT, Key, Ring
-from vllmd.ctl_pause import seconds
+from vllmd.ctl import control
+from vllmd.ctl import unit as units
+from vllmd.ctl.pause import seconds
 from vllmd.errors import ConfigError, PermissionMissing, TryLater, UsageError, VllmdError
 from vllmd.instance import keys
 from vllmd.instance.keys import Held
@@ -162,17 +162,17 @@ def _told(paths: Paths, name: str, held: Held, what: str) -> None:
 def _taken(paths: Paths, name: str, mark: str) -> str:
     """Waits until the running engine goes by it; a sentence. TryLater where it does not: then the old keys are in force still."""
     try:
-        status, text = ctl_control.ask(paths, name, "POST", "/keys", {})
+        status, text = control.ask(paths, name, "POST", "/keys", {})
     except VllmdError as error:
         if error.code == "not_running":
             return "It holds from the next start on."
         raise TryLater("keys_not_taken", f"the keys are written, but {error.what}", error.hint) from None
     if status != 202:
-        return f"It is not in force: {ctl_control.decoded(text).get('error') or text}."
+        return f"It is not in force: {control.decoded(text).get('error') or text}."
     end = time.monotonic() + TAKEN_S
     said = ""
     while time.monotonic() < end:
-        document = ctl_control.decoded(ctl_control.ask(paths, name, "GET", "/keys")[1])
+        document = control.decoded(control.ask(paths, name, "GET", "/keys")[1])
         if document.get("mark") == mark:
             return "It is in force."
         said = str(document.get("error") or "")

@@ -103,31 +103,31 @@ def _count(text: str) -> int:
 def _perform(arguments: argparse.Namespace, place: Place) -> int:
     match arguments.verb:
         case "list":
-            from vllmd import ctl_store_list
+            from vllmd.ctl import store_list
 
-            return ctl_store_list.show(place, as_json=arguments.json)
+            return store_list.show(place, as_json=arguments.json)
         case "verify":
-            from vllmd import ctl_store_verify
+            from vllmd.ctl import store_verify
 
-            return ctl_store_verify.verify(place, arguments.ids, everything=arguments.all)
+            return store_verify.verify(place, arguments.ids, everything=arguments.all)
         case "rm":
-            from vllmd import ctl_store_remove
+            from vllmd.ctl import store_remove
 
-            return ctl_store_remove.remove(place, arguments.ids, arguments.version, is_confirmed=arguments.yes, is_forced=arguments.force)
+            return store_remove.remove(place, arguments.ids, arguments.version, is_confirmed=arguments.yes, is_forced=arguments.force)
         case "gc":
-            from vllmd import ctl_store_gc
+            from vllmd.ctl import store_gc
 
-            return ctl_store_gc.collect(place, arguments.keep or place.settings.keep, is_dry=arguments.dry_run)
+            return store_gc.collect(place, arguments.keep or place.settings.keep, is_dry=arguments.dry_run)
         case "pin" | "unpin":
-            from vllmd import ctl_store_pin
+            from vllmd.ctl import store_pin
 
-            act = ctl_store_pin.pin if arguments.verb == "pin" else ctl_store_pin.unpin
+            act = store_pin.pin if arguments.verb == "pin" else store_pin.unpin
             return act(place, arguments.id, arguments.version)
         case "export":
-            from vllmd import ctl_store_move
+            from vllmd.ctl import store_move
 
-            return ctl_store_move.export(place, arguments.id, arguments.version, arguments.output, arguments.identity)
+            return store_move.export(place, arguments.id, arguments.version, arguments.output, arguments.identity)
         case _:
-            from vllmd import ctl_store_move
+            from vllmd.ctl import store_move
 
-            return ctl_store_move.take(place, arguments.file, arguments.version)
+            return store_move.take(place, arguments.file, arguments.version)
