@@ -8,21 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
-from dataclasses import replace
 from typing import Any, assert_never
 
 from vllmd import stages
 from vllmd.config.redact import knower
 from vllmd.core import events as ev
 from vllmd.core.lifecycle import Impossible, Life, State, step
-from vllmd.core.plan import Plan, ResolvedModel
-from vllmd.engines.given_keys import api_keys
-from vllmd.engines.protocol import Context, Guarding
+from vllmd.core.plan import Plan
+from vllmd.engines.protocol import Context
 from vllmd.errors import Status, VllmdError
 from vllmd.gpu.client import Client
 from vllmd.instance import causes, generations, metrics, record, reload, signals
-from vllmd.instance.access import Access, NoAccess
+from vllmd.instance.access import Access, NoAccess, opened
 from vllmd.instance.board import Board
 from vllmd.instance.checking import check_host
 from vllmd.instance.clockwork import Clockwork
@@ -34,24 +31,22 @@ from vllmd.instance.judging import Judge
 from vllmd.instance.locking import InstanceLock
 from vllmd.instance.metric_samples import Facts
 from vllmd.instance.pausing import PAUSABLE, Pausing
-from vllmd.instance.resolving import child_environ, resolve
+from vllmd.instance.resolution import Resolution
 from vllmd.instance.vitals import Vitals
 from vllmd.instance.watching import Watch
-from vllmd.models import wire
-from vllmd.models.amounts import size
-from vllmd.models.whereabouts import WORDS
+from vllmd.instance.works import Works
 from vllmd.stages import Prepared
 from vllmd.system.cgroup import choose_family
 from vllmd.system.journal import Journal
 from vllmd.system.notify import Notifier, NullNotifier
 from vllmd.system.publishing import Publisher
+from vllmd.system.sink import LEVELS
 from vllmd.system.terminal import Stderr
 from vllmd.system.threads import in_thread, keep_spare
 
 TICK = object()
 """Goes through the queue of events like any other: WATCHDOG=1 is sent when it comes out, so it says that the loop turns."""
 
-LEVELS = {"error": 3, "warning": 4, "info": 6, "debug": 7}
 STAGE_EVENTS = {"preflight": "preflight-failed", "resolve": "model-failed"}
 
 
@@ -64,7 +59,6 @@ class Daemon:
         self.notifier = notifier
         self.journal = journal
         self.life = Life()
-        self.model: ResolvedModel | None = None
         paths, name = prepared.paths, prepared.instance
         self._redact = journal.redact = knower(prepared.secrets())
         self.board = Board(
@@ -76,9 +70,10 @@ class Daemon:
         )
         self.clockwork = Clockwork(notifier)
         self.vitals = Vitals()
+        self.resolution = Resolution(self.board, self.clockwork, journal, post=self.post, state=lambda: self.life.state, moved=self._model_moved)
         self.judge = Judge(journal, self.vitals, self.post, lambda: self.config.watch)
         self._events: asyncio.Queue[Any] = asyncio.Queue()
-        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._works = Works(self._work_failed)
         self._exit: int | None = None
         self._plan: Plan | None = None
         self._context: Context | None = None
@@ -113,8 +108,8 @@ class Daemon:
             control = await serve_control(self.board, figures, self.pausing, lambda: self.access)
             publisher = self._publisher = Publisher(f"vllmd-{self.prepared.instance}.prom", figures, self.journal)
             publisher.apply(self.config.metrics)
-            self._task("ticks", self._ticks())
-            self._task("causes", self._remember())
+            self._works.begin("ticks", self._ticks())
+            self._works.begin("causes", self._remember())
             try:
                 await self._begin()
                 return await self._turn()
@@ -122,7 +117,7 @@ class Daemon:
                 self.board.state(str(State.STOPPED), record.failure_of(error))
                 raise
             finally:
-                self._cancel_all()
+                self._works.cancel_all()
                 await publisher.close()
                 await control.close()
                 self.access.close()
@@ -140,7 +135,8 @@ class Daemon:
         if selected:
             self._context = stages.context(self.prepared)
             self._plan = stages.plan(self.prepared, self._context)
-            await self._open_access(self._context)
+            if self.config.serve.auth == "key":
+                self.access, self._context = await opened(self.prepared, self._context, self.journal)
             self.board.plan(self._plan)
             family = choose_family(self.prepared.environ)
             self._engine = EngineLife(
@@ -158,20 +154,6 @@ class Daemon:
                 self.journal.event("starting", warning, priority=4)
             await self._engine.sweep()
         self.post(ev.Begun(selected))
-
-    async def _open_access(self, context: Context) -> None:
-        """The keys; where the engine can want one."""
-        if self.config.serve.auth != "key":
-            return
-        engine = self.prepared.engine
-        if not isinstance(engine, Guarding):
-            self.journal.event("starting", f"the engine {engine.name} asks for no key, whatever serve.auth says", priority=4)
-            return
-        given = api_keys(self.config.serve.api_key, self.prepared.environ)
-        access = self.access = Access(self.prepared, given, self.journal, is_guarded=engine.guards(context))
-        await access.begin()
-        held = replace(context.access, internal_key=access.internal_key, client_keys=access.client_keys)
-        self._context = replace(context, access=held)
 
     async def _turn(self) -> int:
         while self._exit is None:
@@ -209,25 +191,25 @@ class Daemon:
     def _perform(self, effect: ev.Effect) -> None:
         match effect:
             case ev.RunPreflight():
-                self._task("preflight", self._preflight())
+                self._works.begin("preflight", self._preflight())
             case ev.ResolveModel():
-                self._task("resolve", self._resolve())
+                self._works.begin("resolve", self._resolve())
             case ev.LaunchEngine():
-                self._task("launch", self._launch())
+                self._works.begin("launch", self._launch())
             case ev.ProbeStart():
-                self._task("probe", self._probe())
+                self._works.begin("probe", self._probe())
             case ev.TellReady():
                 self._ready()
             case ev.WatchEngine():
-                self._task("watch", self._watch())
+                self._works.begin("watch", self._watch())
             case ev.TellStopping():
                 self._stopping()
             case ev.TerminateEngine(during_start):
-                self._task("drain", self._drain(during_start=during_start))
+                self._works.begin("drain", self._drain(during_start=during_start))
             case ev.GatherEvidence(failure):
-                self._task("evidence", self._examine(failure))
+                self._works.begin("evidence", self._examine(failure))
             case ev.KillTree():
-                self._task("kill", self._kill())
+                self._works.begin("kill", self._kill())
             case ev.RecordFailure(failure):
                 self._record(failure)
             case ev.ReloadConfiguration():
@@ -248,47 +230,18 @@ class Daemon:
 
     async def _resolve(self) -> None:
         assert self._plan is not None
-        self.board.phase("resolve")
-        request = wire.encode_request(self._plan.model, self.config.model)
+        await self.resolution.run(self._plan.model, self.config.model, self.prepared)
 
-        def on_event(event: wire.Progress | wire.Resolved | wire.Verified) -> None:
-            if self.life.state is State.RESOLVING:  # after that the clocks of the start hold
-                self.clockwork.allow(120)
-            match event:
-                case wire.Progress():
-                    self._resolving(event)
-                case wire.Resolved(model):
-                    self._resolved(model)
-                case wire.Verified():
-                    self.post(ev.ModelVerified())
-
-        self.clockwork.allow(self.config.model.lock_timeout_s + 60)
-        await resolve(request, child_environ(self.prepared.environ, self.config.model), on_event)
-
-    def _resolving(self, progress: wire.Progress) -> None:
-        if progress.level:
-            self.journal.event("model-progress", progress.text, priority=LEVELS[progress.level])
-        if self.life.state is State.RESOLVING or (self.life.state is State.PROVEN and progress.total_bytes):
-            if progress.total_bytes:
-                self.board.transfer(progress.phase, progress, progress.text)
-            else:
-                self.board.progress(None, progress.text)
-        if self._engine is not None and progress.done_bytes:
+    def _model_moved(self) -> None:
+        if self._engine is not None:
             self._engine.start.strong()  # bytes of the model that are being verified beside the start
-
-    def _resolved(self, model: ResolvedModel) -> None:
-        self.model = model
-        known = self.board.document["model"] or {}
-        self.board.set(model={**known, "directory": str(model.directory), "via": model.via})
-        self.journal.event("model-resolved", f"model {model.identity} is {WORDS[model.via]}: {model.directory} ({size(model.bytes)}, via {model.via})", priority=6)
-        self.post(ev.ModelResolved())
 
     async def _launch(self) -> None:
         assert self._engine is not None
-        assert self.model is not None
+        assert self.resolution.model is not None
         self.clockwork.allow(self._engine.gpus.wait_s + 60)
-        await self._engine.launch(self.model)
-        self._task("gpu-watch", self._watch_gpus())
+        await self._engine.launch(self.resolution.model)
+        self._works.begin("gpu-watch", self._watch_gpus())
         self.post(ev.EngineSpawned())
 
     async def _watch_gpus(self) -> None:
@@ -323,13 +276,13 @@ class Daemon:
             self.examiner.ready()
             self._engine.rest()
             self._engine.show_example()
-            self._task("generation", self._generation())
+            self._works.begin("generation", self._generation())
 
     async def _generation(self) -> None:
         """What reached READY is kept, to go back to; nothing waits for it, and nothing fails by it."""
         assert self._plan is not None
-        assert self.model is not None
-        work = generations.remember(self.prepared.paths, self.prepared.instance, self.prepared.loaded, self._plan, self.model)
+        assert self.resolution.model is not None
+        work = generations.remember(self.prepared.paths, self.prepared.instance, self.prepared.loaded, self._plan, self.resolution.model)
         try:
             written = await in_thread(work)
         except (OSError, VllmdError) as error:
@@ -358,19 +311,19 @@ class Daemon:
     async def _drain(self, *, during_start: bool) -> None:
         assert self._engine is not None
         deadlines = self._engine.plan.deadlines
-        self._cancel("probe", "watch", "gpu-watch", "resolve")
+        self._works.cancel("probe", "watch", "gpu-watch", "resolve")
         self._engine.terminate()
         await asyncio.sleep(deadlines.start_grace_s if during_start else deadlines.drain_s)
         self.post(ev.DrainExpired())
 
     async def _examine(self, failure: ev.Failure) -> None:
-        self._cancel("probe", "watch", "drain")  # the GPU watch goes on: what it hears now may be the cause
+        self._works.cancel("probe", "watch", "drain")  # the GPU watch goes on: what it hears now may be the cause
         assert self._engine is not None
         self.post(ev.EvidenceGathered(await self.examiner.examine(failure, self._engine, self.config)))
 
     async def _kill(self) -> None:
         began = time.monotonic()
-        await self._end_stages()
+        await self._works.end_all_but("ticks", "kill")
         if self._engine is None:
             self.post(ev.TreeEmptied())
             return
@@ -424,44 +377,18 @@ class Daemon:
         if self._engine is not None:
             self._engine.limit_lines(self.config.log)
 
-    # -- tasks
-
-    def _task(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        self._cancel(name)
-        task = self._tasks[name] = asyncio.create_task(self._guarded(name, work), name=name)
-        task.add_done_callback(lambda _: work.close())  # cancelled before its first step: nobody awaits `work` then
-
-    async def _guarded(self, name: str, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except VllmdError as error:
-            if name == "evidence":  # nothing that a collector meets may keep the instance from ending
-                self.post(ev.Faulted(record.failure_of(error)))
-                return
-            if name in STAGE_EVENTS:
-                self.journal.event(STAGE_EVENTS[name], error.what, priority=3, hint=error.hint)
-            self.post(ev.StageFailed(record.failure_of(error)))
-        except Exception as error:
+    def _work_failed(self, name: str, error: Exception) -> None:
+        if not isinstance(error, VllmdError):
             fault = record.unexpected(error, self.journal)
             # A teardown that fails must not keep the instance from ending.
             self.post(ev.KillExpired(fault) if name == "kill" else ev.Faulted(fault))
-
-    def _cancel(self, *names: str) -> None:
-        for name in names:
-            task = self._tasks.pop(name, None)
-            if task is not None:
-                task.cancel()
-
-    def _cancel_all(self) -> None:
-        self._cancel(*list(self._tasks))
-
-    async def _end_stages(self) -> None:
-        """Cancels what is in flight and waits for it: a launch that is cut must first end what it started."""
-        names = [name for name in self._tasks if name not in {"ticks", "kill"}]
-        tasks = [self._tasks.pop(name) for name in names]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+            return
+        if name == "evidence":  # nothing that a collector meets may keep the instance from ending
+            self.post(ev.Faulted(record.failure_of(error)))
+            return
+        if name in STAGE_EVENTS:
+            self.journal.event(STAGE_EVENTS[name], error.what, priority=3, hint=error.hint)
+        self.post(ev.StageFailed(record.failure_of(error)))
 
     async def _ticks(self) -> None:
         """Every second at most: the clocks that systemd must know, and the watchdog's turn."""

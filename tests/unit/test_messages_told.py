@@ -103,7 +103,7 @@ TEXTS = {
 
 
 def test_commands_that_are_named_exist() -> None:
-    fronts = [path for name in ("ctl*", "cli", "commandline", "verbs") for path in ROOT.glob(f"{name}.py")]
+    fronts = [path for name in ("ctl/*", "cli", "commandline", "verbs") for path in ROOT.glob(f"{name}.py")]
     known = "\n".join(path.read_text(encoding="utf-8") for path in fronts)
     for name, text in TEXTS.items():
         for program, verb in re.findall(r"`(vllmctl|vllmd) ([a-z-]+)", text):

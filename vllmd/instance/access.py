@@ -11,12 +11,14 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from vllmd.config.settings import Serve
 from vllmd.core.keyring import Key, Ring
+from vllmd.engines.given_keys import api_keys
 from vllmd.engines.guard import vllmd_guard
-from vllmd.engines.protocol import GUARD_FILE
+from vllmd.engines.protocol import GUARD_FILE, Context, Guarding
 from vllmd.errors import VllmdError
 from vllmd.instance import keys
 from vllmd.instance.keys import Held
@@ -180,3 +182,20 @@ def _counts(path: Path) -> Mapping[str, int]:
         return dict(zip(vllmd_guard.REASONS, (max(int(word), 0) for word in words), strict=False))
     except (OSError, ValueError):
         return {}
+
+
+async def opened(prepared: Prepared, context: Context, journal: Journal | Stderr) -> tuple[Access | NoAccess, Context]:
+    """The keys, where the engine can want one, and the context that has them. VllmdError."""
+    engine = prepared.engine
+    if not isinstance(engine, Guarding):
+        journal.event("starting", f"the engine {engine.name} asks for no key, whatever serve.auth says", priority=4)
+        return NoAccess(), context
+    given = api_keys(prepared.config.serve.api_key, prepared.environ)
+    access = Access(prepared, given, journal, is_guarded=engine.guards(context))
+    try:
+        await access.begin()
+    except BaseException:
+        access.close()
+        raise
+    held = replace(context.access, internal_key=access.internal_key, client_keys=access.client_keys)
+    return access, replace(context, access=held)

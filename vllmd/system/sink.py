@@ -13,6 +13,8 @@ from vllmd.system.outbox import Outbox
 
 Outcome = Literal["sent", "blocked", "gone", "impossible"]
 WARNING, NOTICE, INFO = 4, 5, 6
+LEVELS = {"error": 3, "warning": WARNING, "info": INFO, "debug": 7}
+"""The words of the configuration."""
 RETRY_S = 1.0
 """How often a vanished reader is looked for again."""
 REPORT_S = 1.0
