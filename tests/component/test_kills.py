@@ -125,14 +125,18 @@ def test_killed_at_random_moments(bucketed: tuple[World, Bucket, S3Server], kill
         offer(bucket, files, PAUSE_S)
         counts["killed"] += killed(world, way, moments.uniform(0.2, 1.1) * lengths[way])
         assert publishing.wrong(world.store, world.asked) == []
-        counts["old" if world.link.resolve() == before else "new"] += 1
+        reached = world.link.resolve()
+        counts["old" if reached == before else "new"] += 1
         done, sent = staged(world) & files.keys(), sum(bucket.sent_bytes.values())  # the publisher adds a file of its own
         offer(bucket, files, 0)
         model = resolve(world.asked, world.settings, world.variables, lambda progress: None)
         assert world.link.resolve() == model.directory
         assert publishing.wrong(world.store, world.asked) == []
         assert {name: (model.directory / name).read_bytes() for name in files} == files
-        assert publishing.half(world.store) == []
+        left = publishing.half(world.store)
+        if model.directory == reached:  # killed after it had published: the next publication clears away what it removed then
+            left = [path for path in left if "/.trash/" not in path]
+        assert left == [], (counts, way)
         again = [name for name in done if bucket.sent_bytes.get(name)]
         assert not again, (counts, way)
         counts["resumed"] += bool(done)
