@@ -68,15 +68,6 @@ def listening(paths: Paths, body: Callable[[Heard], Awaitable[None]], settings: 
     asyncio.run(run())
 
 
-@pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """The driver, for children of this process."""
-    made = Stub(tmp_path)
-    for name, value in made.environ().items():
-        monkeypatch.setenv(name, value)
-    return made
-
-
 def test_from_the_host_s_service() -> None:
     with GpuService() as service:
 

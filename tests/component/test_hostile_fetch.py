@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -22,30 +22,14 @@ from tests.component.hostile import (
     check_refusal,
     digests,
     header_of,
-    hub_world,
     reheadered,
     run,
-    s3_world,
 )
 from tests.fakes.hub import FakeHub
 from tests.fakes.s3_server import S3Server, item
 from vllmd.models import wire
 
 pytestmark = pytest.mark.component
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[World, FakeHub]]:
-    with hub_world() as (made, hub):
-        made.publish_good()
-        yield made, hub
-
-
-@pytest.fixture(scope="module")
-def bucketed() -> Iterator[tuple[World, Bucket, S3Server]]:
-    with s3_world() as (made, bucket, server):
-        made.publish_good()
-        yield made, bucket, server
 
 
 def overlapping(shard: bytes) -> bytes:

@@ -8,7 +8,7 @@ import itertools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -16,7 +16,7 @@ from functools import partial
 
 import pytest
 
-from tests.component.hostile import SHARD2, Bucket, World, check_refusal, digests, etag, hub_world, run, s3_world
+from tests.component.hostile import SHARD2, Bucket, World, check_refusal, digests, etag, hub_world, run
 from tests.fakes import s3_server
 from tests.fakes.hub import Asked, FakeHub, Reply, page, refusal
 from tests.fakes.s3_server import S3Server
@@ -24,20 +24,6 @@ from tests.fakes.s3_server import S3Server
 pytestmark = pytest.mark.component
 
 HTML = b"<!DOCTYPE html><html><body>Sign in</body></html>"
-
-
-@pytest.fixture(scope="module")
-def served() -> Iterator[tuple[World, FakeHub]]:
-    with hub_world() as (made, hub):
-        made.publish_good()
-        yield made, hub
-
-
-@pytest.fixture(scope="module")
-def bucketed() -> Iterator[tuple[World, Bucket, S3Server]]:
-    with s3_world() as (made, bucket, server):
-        made.publish_good()
-        yield made, bucket, server
 
 
 def of_api(reply: Callable[[FakeHub], Reply]) -> Callable[[FakeHub, Asked], Reply | None]:

@@ -29,15 +29,6 @@ def line(**words: object) -> bytes:
     return json.dumps(words).encode() + b"\n"
 
 
-@pytest.fixture
-def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
-    """The driver, for children of this process."""
-    made = Stub(tmp_path)
-    for name, value in made.environ().items():
-        monkeypatch.setenv(name, value)
-    return made
-
-
 @contextmanager
 def served(paths: Paths, *answers: Callable[[socket.socket], None]) -> Iterator[list[bytes]]:
     """The nth connection gets the nth answer, the last one all that follow. What each asked."""

@@ -6,7 +6,6 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -31,13 +30,6 @@ pytestmark = pytest.mark.component
 @pytest.fixture
 def port() -> int:
     return free_port()
-
-
-@pytest.fixture
-def service() -> Iterator[ServiceCgroup]:
-    group = ServiceCgroup()
-    yield group
-    group.remove()
 
 
 def settings(**words: object) -> Preflight:

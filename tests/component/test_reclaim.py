@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -31,13 +30,6 @@ GRACE_S = 0.3
 @pytest.fixture
 def port() -> int:
     return free_port()
-
-
-@pytest.fixture
-def service() -> Iterator[ServiceCgroup]:
-    group = ServiceCgroup()
-    yield group
-    group.remove()
 
 
 def root(pid: int) -> ProcessFacts:

@@ -15,12 +15,12 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
-from urllib.parse import urlsplit
 
 from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest
 from vllmd.errors import ConfigError, ModelNotFound, SourceUnavailable
 from vllmd.models.sources import Context, Finding, NotFound, Offered, Skipped, hub_revision
+from vllmd.models.sources.endpoint import parsed
 
 ENDPOINT = "https://huggingface.co"
 _ID = re.compile(r"[A-Za-z0-9._-]{1,96}/[A-Za-z0-9._-]{1,96}")
@@ -71,13 +71,8 @@ def _offline(settings: Model, environ: Mapping[str, str]) -> str:
 
 def endpoint_url(text: str) -> str:
     """The endpoint, https where nothing is said. ConfigError, which does not show it: it may hold a password."""
-    url = text if "://" in text or not text else f"https://{text}"
-    try:
-        parts = urlsplit(url)
-        is_good = not url or (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
-    except ValueError:
-        is_good = False
-    if not is_good or (url and ("@" in parts.netloc or parts.query or parts.fragment or not url.isascii() or not url.isprintable() or " " in url)):
+    url = parsed(text)
+    if url is None:
         hint = "As https://HOST or https://HOST:PORT/PATH, without user, password or query; a token has its own place (HF_TOKEN)."
         raise ConfigError("hub_endpoint", "model.hf_endpoint (HF_ENDPOINT) is no endpoint of a hub", hint)
-    return url.rstrip("/") or ENDPOINT
+    return url or ENDPOINT

@@ -11,11 +11,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from vllmd.config.settings import Model
 from vllmd.errors import ConfigError, PermissionMissing, VllmdError
 from vllmd.models.sources import s3_errors
+from vllmd.models.sources.endpoint import parsed
 from vllmd.models.sources.s3_errors import ANONYMOUS, ENVIRONMENT, Place
 from vllmd.models.sources.s3_http import CONNECT_S, READ_S, Sender
 from vllmd.system.files import read_small
@@ -92,16 +92,11 @@ def translated(place: Place) -> Iterator[None]:
 
 def endpoint_url(text: str) -> str:
     """The endpoint as a URL, https where nothing is said. ConfigError, which does not show it: it may hold a password."""
-    url = text if "://" in text or not text else f"https://{text}"
-    try:
-        parts = urlsplit(url)
-        is_good = not url or (parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0)
-    except ValueError:
-        is_good = False
-    if not is_good or (url and ("@" in parts.netloc or parts.query or parts.fragment or not url.isprintable() or " " in url)):
+    url = parsed(text)
+    if url is None:
         hint = "As https://HOST or https://HOST:PORT, without user, password, bucket or query; credentials have their own places."
         raise ConfigError("s3_endpoint", "model.r2_endpoint_url (R2_ENDPOINT_URL) is no endpoint of a store", hint)
-    return url.rstrip("/")
+    return url
 
 
 def _session(environ: Mapping[str, str]) -> Any:
