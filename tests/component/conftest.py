@@ -30,15 +30,20 @@ def service() -> Iterator[ServiceCgroup]:
     group.remove()
 
 
+def stall_s(request: pytest.FixtureRequest) -> float:
+    """STALL_S of the module; where nothing is meant to stall, longer than a busy machine stands still."""
+    return float(getattr(request.module, "STALL_S", 5))
+
+
 @pytest.fixture(scope="module")
-def served() -> Iterator[tuple[World, FakeHub]]:
-    with hub_world() as (made, hub):
+def served(request: pytest.FixtureRequest) -> Iterator[tuple[World, FakeHub]]:
+    with hub_world(fetch_stall_s=stall_s(request)) as (made, hub):
         made.publish_good()
         yield made, hub
 
 
 @pytest.fixture(scope="module")
-def bucketed() -> Iterator[tuple[World, Bucket, S3Server]]:
-    with s3_world() as (made, bucket, server):
+def bucketed(request: pytest.FixtureRequest) -> Iterator[tuple[World, Bucket, S3Server]]:
+    with s3_world(fetch_stall_s=stall_s(request)) as (made, bucket, server):
         made.publish_good()
         yield made, bucket, server

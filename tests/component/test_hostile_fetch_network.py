@@ -23,6 +23,7 @@ from tests.fakes.s3_server import S3Server
 
 pytestmark = pytest.mark.component
 
+STALL_S = 0.3
 HTML = b"<!DOCTYPE html><html><body>Sign in</body></html>"
 
 
