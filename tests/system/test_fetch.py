@@ -247,16 +247,31 @@ def _outlast(host: Host, hub: FakeHub, *, seconds: float, **model: Any) -> None:
 
 
 def test_vllmctl_shows_the_download_and_keeps_what_is_served(host: Host, hub: FakeHub) -> None:
-    released = threading.Event()
-    hub.script = trickling(hub, released)
+    released, asked_for = threading.Event(), threading.Event()
+    trickle = trickling(hub, released)
+
+    def script(asked: Asked) -> Reply | None:
+        reply = trickle(asked)
+        if reply is not None:
+            asked_for.set()
+        return reply
+
+    def release() -> None:
+        """Some seconds after the first bytes, however long the machine took until then: the progress is looked at meanwhile."""
+        asked_for.wait(60)
+        released.wait(5)
+        released.set()
+
+    hub.script = script
     name = host.instance("chosen", model=fetching(hub))
-    release = threading.Timer(3, released.set)
-    release.start()
+    releasing = threading.Thread(target=release)
+    releasing.start()
     try:
         done = host.run("vllmctl", "start", name)
     finally:
+        asked_for.set()
         released.set()
-        release.join()
+        releasing.join()
     assert re.search(rf"^{name}: fetch \d+% [\d.]+ \w+ of [\d.]+ \w+", done.err, re.MULTILINE), done.err
     assert [item["used_by"] for item in listed(host) if item["identity"] == ID] == [[name]]
     refused = host.run("vllmctl", "store", "rm", "--yes", ID, check=False)
