@@ -1,15 +1,19 @@
 """The supervisor's share of the CPU.
 
 A vLLM on CPUs keeps a thread busy for each core and more; where no control group tells them apart, the one thread that
-watches got a 24th of a core beside them: its verdict on a hang came two seconds late, its evidence after four.
+watches got a 24th of a core beside them: its verdict on a hang came two seconds late, its evidence after four. Where the
+kernel shares the CPU by session (autogroup: no unit with a CPU controller around us), nice counts within the session only, and
+the session has one of its own.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+from pathlib import Path
 
 WATCHING_NICE = -10
+AUTOGROUP = Path("/proc/self/autogroup")
 
 
 def prefer_us() -> None:
@@ -18,6 +22,8 @@ def prefer_us() -> None:
     if WATCHING_NICE < _nice() <= 0:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, 0, WATCHING_NICE)
+            if os.getsid(0) == os.getpid():  # else it is a terminal's, and others' as well
+                AUTOGROUP.write_text(str(WATCHING_NICE))
 
 
 def as_others() -> None:
