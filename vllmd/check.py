@@ -106,7 +106,7 @@ def describe(plan: Plan | None, prepared: Prepared) -> dict[str, Any] | None:
 def _text(plan: Plan | None, prepared: Prepared) -> str:
     document = describe(plan, prepared)
     if document is None:
-        return f"{prepared.instance}: valid, no model selected (set 'model:' in {prepared.paths.instance_config(prepared.instance)})"
+        return f"{prepared.instance}: valid, no model selected ({prepared.paths.vllmctl} model set {prepared.instance} PRESET|MODEL)"
     engine, model, bounds = document["engine"], document["model"], document["deadlines"]
     rows = [
         ("model", f"{model['identity']} (from {', '.join(model['sources'])}), served as {document['served_name']}"),

@@ -65,7 +65,7 @@ class Daemon:
             name,
             paths.instance_runtime(name) / "status.json",
             notifier.status,
-            configuration=paths.instance_config(name),
+            vllmctl=paths.vllmctl,
             redact=self._redact,
         )
         self.clockwork = Clockwork(notifier)

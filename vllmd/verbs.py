@@ -136,7 +136,7 @@ def _bar(within: contextlib.ExitStack, name: str) -> Callable[[Progress], None]:
 def _request(prepared: stages.Prepared) -> ModelRequest:
     request = stages.model_request(prepared.config, prepared.paths)
     if not request.selected:
-        raise ConfigError("no_model", f"{prepared.instance} has no model selected", "set 'model:' in its file")
+        raise ConfigError("no_model", f"{prepared.instance} has no model selected", f"{prepared.paths.vllmctl} model set {prepared.instance} PRESET|MODEL")
     return request
 
 

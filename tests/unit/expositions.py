@@ -52,7 +52,7 @@ def snapshot(*gpus: object, **changes: Any) -> dict[str, Any]:
 
 def facts(path: Path, gpus: dict[str, Any] | None = None) -> Facts:
     """An instance of which all is known that can be."""
-    board = Board("demo", path / "status.json", lambda _text: None, configuration=path)
+    board = Board("demo", path / "status.json", lambda _text: None, vllmctl="vllmctl")
     board.phase_seconds = {"resolve": 0.2, "spawn": 1.5}
     board.start_s = 31.0
     board.document |= {"state": "ready", "phase": "fetch", "gpus": [UUID]}

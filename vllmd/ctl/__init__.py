@@ -33,6 +33,10 @@ def run(argv: Sequence[str]) -> int:
         from vllmd.ctl import cache
 
         return cache.main(rest[1:], paths)
+    if rest[:1] == ["model"]:
+        from vllmd.ctl import model
+
+        return model.main(rest[1:], paths)
     if rest[:1] == ["store"]:
         from vllmd.ctl import store
 
@@ -73,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("engine", help="install|list|use|rollback|remove|verify: the engines of this host", add_help=False)
     verbs.add_parser("cache", help="list|clear: the caches of compiled code", add_help=False)
     verbs.add_parser("gpu", help="every GPU of this host, its owner and its health; gpu clear lifts a quarantine", add_help=False)
+    verbs.add_parser("model", help="presets|set|show|clear: which model an instance serves, chosen for this hardware", add_help=False)
     verbs.add_parser("store", help="list|verify|rm|gc|pin|unpin|export|import: the models of this host", add_help=False)
     return top
 

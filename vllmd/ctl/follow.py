@@ -145,7 +145,7 @@ def _status(number: int) -> Status:
 def _at(paths: Paths, name: str) -> str:
     said = files.status(paths, name)
     if files.text(said, "state") == "unconfigured":
-        return ", but no model is selected: it serves nothing yet"
+        return f", but no model is selected: it serves nothing yet. Run: {paths.vllmctl} model set {name} PRESET|MODEL"
     endpoint = files.text(said, "endpoint")
     return f" at {endpoint}" if endpoint else ""
 

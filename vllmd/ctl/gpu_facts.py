@@ -51,6 +51,11 @@ class Seen:
     processes: tuple[tuple[int, int | None, str], ...] = ()
     """(pid, MiB, unit)"""
     slices: tuple[str, ...] = ()
+    slice_mib: tuple[int | None, ...] = ()
+    """The memory of each."""
+    capability: str = ""
+    """NVIDIA's compute capability; `architecture` is AMD's name of what programs are compiled for."""
+    architecture: str = ""
     holders: tuple[Holder, ...] = ()
     quarantine: Record | None = None
 
@@ -106,6 +111,9 @@ def _seen(words: Mapping[str, Any], held: Mapping[str, tuple[Holder, ...]], bann
         hint=_text(_object(words, "verdict"), "hint"),
         processes=tuple((_number(each, "pid") or 0, _number(each, "used_mib"), _text(each, "unit")) for each in _objects(words, "processes")),
         slices=parts,
+        slice_mib=tuple(_number(each, "memory_total_mib") for each in _objects(words, "mig")),
+        capability=_text(words, "compute_capability"),
+        architecture=_text(words, "architecture"),
         holders=tuple(holder for name in parts or (uuid,) for holder in held.get(name, ())),
         quarantine=banned.get(uuid),
     )

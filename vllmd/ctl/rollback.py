@@ -34,7 +34,7 @@ from vllmd.instance import generations
 from vllmd.instance.generations import BEFORE, Kept
 from vllmd.models.identity import label
 from vllmd.models.store import PUBLISHED, published_target
-from vllmd.system.files import storage_error, write_atomic
+from vllmd.system.files import directory_like, storage_error, write_atomic
 
 DROP_IN = "zz-rollback.yaml"
 """Comes last among the drop-ins: what it pins holds."""
@@ -237,18 +237,7 @@ def _apply(paths: Paths, way: Way) -> None:
             path.unlink(missing_ok=True)
             continue
         each = way.files[name]
-        _directory(path.parent, paths.config)
+        directory_like(path.parent, paths.config)
         write_atomic(path, each.content, mode=each.mode)
         if os.geteuid() == 0:
             os.chown(path, each.uid, each.gid, follow_symlinks=False)
-
-
-def _directory(path: Path, like: Path) -> None:
-    """With the mode and owner of `like`: with root's umask at 077 the service could not look into it."""
-    if path.is_dir():
-        return
-    status = like.stat()
-    path.mkdir(mode=0o700)
-    if os.geteuid() == 0:
-        os.chown(path, status.st_uid, status.st_gid)
-    path.chmod(status.st_mode & 0o777)

@@ -103,7 +103,7 @@ def as_dict(instance: Instance) -> dict[str, Any]:
 def table(found: list[Instance], paths: Paths) -> Iterator[str]:
     """One line for each instance."""
     if not found:
-        yield f"no instances: write one to {paths.config}/NAME.yaml, then vllmctl start NAME"
+        yield f"no instances: {paths.vllmctl} model set NAME PRESET makes one ({paths.vllmctl} model presets shows what fits), and {paths.vllmctl} start NAME starts it"
         return
     width = max(len(each.name) for each in found)
     for each in found:

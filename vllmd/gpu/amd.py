@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,38 @@ from vllmd.core.gpu_findings import canonical_pci
 from vllmd.system.files import read_small
 
 DRM = Path("/sys/class/drm")
+KFD = Path("/sys/class/kfd/kfd/topology/nodes")
 _AMD = "0x1002"
 _CARD = re.compile("card[0-9]{1,3}")
 _LIMIT = 1 << 16
+_DEVICES = {"0x74a": "gfx942", "0x74b": "gfx942", "0x75a": "gfx950", "0x75b": "gfx950"}
+"""Beginnings of the device ids of MI300 and MI350: for a host without /sys/class/kfd."""
 
 
-def read(root: Path = DRM) -> list[dict[str, Any]]:
-    """[] where there is none. Blocks as long as the kernel does, so only in a child."""
+def read(root: Path = DRM, kfd: Path | None = None) -> list[dict[str, Any]]:
+    """[] where there is none. Blocks as long as the kernel does, so only in a child. `kfd`: default KFD, for the real root alone."""
     with contextlib.suppress(OSError):
         cards = sorted((path for path in root.iterdir() if _CARD.fullmatch(path.name)), key=lambda path: int(path.name[4:]))
         devices = [path / "device" for path in cards]
         found = [device for device in devices if _word(device / "vendor") == _AMD and _number(device / "mem_info_vram_total")]
-        return [_gpu(index, device) for index, device in enumerate(found)]
+        targets = architectures(kfd or (KFD if root == DRM else root.parent / "kfd"))
+        return [_gpu(index, device, targets) for index, device in enumerate(found)]
     return []
 
 
-def _gpu(index: int, device: Path) -> dict[str, Any]:
+def architectures(nodes: Path) -> dict[str, str]:
+    """What the compiler calls each GPU (gfx942), by its place on the bus, as the compute driver tells it."""
+    found = {}
+    for path in _listed(nodes):
+        words = dict(line.partition(" ")[::2] for line in _text(path / "properties").splitlines())
+        version, place, domain = (int(words.get(key, "0")) if words.get(key, "0").isdecimal() else 0 for key in ("gfx_target_version", "location_id", "domain"))
+        if version:
+            pci = canonical_pci(f"{domain & 0xFFFF:04x}:{place >> 8 & 0xFF:02x}:{place >> 3 & 0x1F:02x}.0")
+            found[pci] = f"gfx{version // 10000}{version // 100 % 100:x}{version % 100:x}"
+    return found
+
+
+def _gpu(index: int, device: Path, targets: Mapping[str, str]) -> dict[str, Any]:
     pci = canonical_pci(device.resolve().name)
     serial = _word(device / "unique_id")
     total, used = _number(device / "mem_info_vram_total"), _number(device / "mem_info_vram_used")
@@ -52,6 +68,7 @@ def _gpu(index: int, device: Path) -> dict[str, Any]:
         "fabric": "",
         "pcie": _bus(device),
         "compute_capability": "",
+        "architecture": targets.get(pci) or _DEVICES.get(_word(device / "device")[:5], ""),
         "processes": [],
         "mig": [],
         **_sensors(device),

@@ -37,9 +37,9 @@ class Board:
     """`path` is status.json; `tell` gets the STATUS= line whenever it changes. Written at once when the state changes,
     soon when only progress does. A write that fails is dropped: the file is for readers, the daemon goes on."""
 
-    def __init__(self, instance: str, path: Path, tell: Callable[[str], object], *, configuration: Path, redact: Callable[[str], str] = str) -> None:
+    def __init__(self, instance: str, path: Path, tell: Callable[[str], object], *, vllmctl: str, redact: Callable[[str], str] = str) -> None:
         self.path = path
-        self._configuration = configuration
+        self._vllmctl = vllmctl
         self._tell = tell
         self._redact = redact
         self._told = ""
@@ -164,8 +164,7 @@ class Board:
             case "ready":
                 return f"Serving {served} at {document['endpoint']}"
             case "unconfigured":
-                restart = f"systemctl restart vllmd@{document['instance']}"
-                return f"No model selected. Set 'model:' in {self._configuration}, then run: {restart}"
+                return f"No model selected. Run: {self._vllmctl} model set {document['instance']} PRESET|MODEL ({self._vllmctl} model presets shows what fits)"
             case "starting" | "proven":
                 return f"Starting: {document['phase'] or 'engine'}{self._progress_text()}"
             case "checking":

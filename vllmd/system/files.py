@@ -71,6 +71,17 @@ def write_atomic(path: Path, data: bytes | str, *, mode: int = 0o644, fsync: boo
         os.close(directory)
 
 
+def directory_like(path: Path, like: Path) -> None:
+    """Makes the directory, with the mode and owner of `like`: with root's umask at 077 the service could not look into it. OSError."""
+    if path.is_dir():
+        return
+    status = like.stat()
+    path.mkdir(mode=0o700)
+    if os.geteuid() == 0:
+        os.chown(path, status.st_uid, status.st_gid)
+    path.chmod(status.st_mode & 0o777)
+
+
 def remove_unfinished(directory: Path) -> None:
     """What a write_atomic left there when it was killed in the middle. Only for a directory in which nobody writes now."""
     with contextlib.suppress(OSError):

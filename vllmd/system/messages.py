@@ -196,8 +196,8 @@ MESSAGES: dict[str, Kind] = {
     "unconfigured": Kind(
         "fb89dd0b41744df9bf02860c300003cd",
         "Instance @VLLMD_INSTANCE@ has no model selected",
-        "The unit is up and waits; it holds no GPU and no port. Name a model in the instance's file\n"
-        "(`model: ORG/NAME`), then `systemctl restart " + _UNIT + "`.",
+        "The unit is up and waits; it holds no GPU and no port. `vllmctl model presets @VLLMD_INSTANCE@` shows what fits\n"
+        "this host, and `vllmctl model set @VLLMD_INSTANCE@ PRESET` chooses it and restarts the unit.",
     ),
     "reloaded": Kind(
         "1870bf442a424f11b7514541ccec2fee",

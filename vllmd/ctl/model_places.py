@@ -1,0 +1,53 @@
+"""Where the files lie that a preset wants beside its model: a chat template, a draft model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vllmd.config.paths import Paths
+from vllmd.config.settings import Config, Model
+from vllmd.core.preset_choice import Found, Variant
+from vllmd.engines import choice
+from vllmd.models import presets
+from vllmd.models.identity import label, request_from
+
+IMAGE = Path("/vllm-workspace/examples")
+"""vLLM's own container image."""
+
+
+def found(paths: Paths, config: Config, variant: Variant) -> tuple[Found, list[str]]:
+    """And what a person should know of what is missing."""
+    places = [paths.config / presets.FOLDER, *_of_engine(paths, config), IMAGE, presets.shared() / presets.TEMPLATES]
+    template = next((path for name in variant.templates for place in places if (path := place / name).is_file()), None)
+    told = []
+    if template is None and variant.templates:
+        told.append(
+            f"the chat template {variant.templates[0]} is not here: the model's own is used. To have vLLM's, put examples/{variant.templates[0]} "
+            f"of its source into {paths.config / presets.FOLDER} and choose again"
+        )
+    draft = _draft(paths, config, variant)
+    if draft is None and variant.draft:
+        told.append(
+            f"without the draft model {variant.draft.model}, which makes it faster and is not in the store. To have it: "
+            f"VLLM_MODEL={variant.draft.model.rpartition('/')[2]} VLLM_MODEL_ORG={variant.draft.model.rpartition('/')[0]} vllm-resolve-model as the service's user, and choose again"
+        )
+    return Found(str(template or ""), str(draft or "")), told
+
+
+def _of_engine(paths: Paths, config: Config) -> list[Path]:
+    """Of the engine that the instance runs, if vllmctl installed it."""
+    if config.engine.executable:
+        root = Path(config.engine.executable).parent.parent
+    else:
+        name = config.engine.version or choice.current_name(paths.engines)
+        root = paths.engines / name if name else paths.engines / "none"
+    inside = ("vllm/examples", "vllm/transformers_utils/chat_templates")
+    return [root / "share/vllm/examples", *(path / each for path in sorted(root.glob("lib/python3*/site-packages")) for each in inside)]
+
+
+def _draft(paths: Paths, config: Config, variant: Variant) -> Path | None:
+    if variant.draft is None:
+        return None
+    request = request_from(Model(id=variant.draft.model, name=variant.draft.model.rpartition("/")[2], dir=config.model.dir), paths.models)
+    link = request.store / label(request)
+    return link if link.is_dir() else None
