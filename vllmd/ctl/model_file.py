@@ -21,6 +21,7 @@ import yaml
 from vllmd.config import layers
 from vllmd.config.layers import HOST_FILE
 from vllmd.config.paths import Paths
+from vllmd.config.yamlfile import Fraction
 from vllmd.errors import PermissionMissing, VllmdError
 from vllmd.system.files import directory_like, storage_error, write_atomic
 
@@ -90,8 +91,19 @@ def _sum(body: str) -> str:
     return hashlib.sha256(body.encode()).hexdigest()[:16]
 
 
+def _plain(value: Any) -> Any:
+    """What YAML can hold: a number with a point that was read from a file remembers its text, and no dumper knows it."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, Fraction):
+        return float(value) if repr(float(value)) == value.written else value.written
+    return value
+
+
 def rendered(name: str, chosen: Chosen, settings: Mapping[str, Any], vllmctl: str) -> str:
-    body = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=160)
+    body = yaml.safe_dump(_plain(settings), sort_keys=False, allow_unicode=True, width=160)
     words: dict[str, Any] = {"choice": chosen.choice, "preset": chosen.is_preset, "tier": chosen.tier, "sum": _sum(body)}
     words |= {"flags": list(chosen.flags)} if chosen.flags else {}
     words |= {"gpus": chosen.gpus} if chosen.gpus is not None else {}
@@ -122,6 +134,7 @@ def overlay(paths: Paths, name: str, text: str, instance_text: str = "") -> Iter
             yield replace(paths, config=folder)
         except VllmdError as error:
             error.what, error.hint = (each.replace(scratch, str(paths.config)) for each in (error.what, error.hint))
+            error.args = (error.what,)
             raise
 
 
