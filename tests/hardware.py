@@ -58,13 +58,14 @@ class Recorded:
 
 
 _PATCH = """
-import functools, pathlib
+import dataclasses, pathlib
 from vllmd.ctl import model_hardware
-from vllmd.gpu import client
+from vllmd.gpu import sampling
 from vllmd.system.hardware import Hardware
 model_hardware.MEMINFO = pathlib.Path({meminfo!r})
 model_hardware.look_at_bus = lambda: Hardware("x86_64")
-client.Options = functools.partial(client.Options, drm={drm!r})
+command = sampling.command
+sampling.command = lambda options, *more: command(dataclasses.replace(options, drm={drm!r}), *more)
 """
 
 

@@ -12,6 +12,7 @@ import yaml
 
 from vllmd import ctl
 from vllmd.config.paths import Paths, root_paths
+from vllmd.config.settings import Model
 from vllmd.core.tiers import Card
 from vllmd.ctl import follow, model_file, model_flags, model_hardware, model_set
 from vllmd.ctl import unit as units
@@ -19,6 +20,7 @@ from vllmd.ctl.model_file import Chosen
 from vllmd.ctl.model_hardware import Equipment
 from vllmd.ctl.unit import UnitState
 from vllmd.errors import ConfigError, Status, TryLater, UsageError, VllmdError
+from vllmd.models.identity import label, request_from
 
 pytestmark = pytest.mark.unit
 
@@ -312,3 +314,73 @@ def test_numbers_with_a_point_stay_what_they_are(paths: Paths) -> None:
     run(paths, "set", "demo", "mine")
     assert drop_in(paths)["serve"]["gpu_memory_utilization"] == 0.9
     assert drop_in(paths)["engine"]["args"] == {"x": "1.10", "y": "0.5"}
+
+
+# -- what a preset wants beside its model
+
+
+def gemma(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    has(monkeypatch, Card(0, "GPU-0", "H200", capability="9.0", memory_mib=143771))
+    run(paths, "set", "demo", "gemma4-31b")
+    return dict(drop_in(paths)["engine"]["args"])
+
+
+def test_a_chat_template_and_a_draft_model_are_used_where_they_are(paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    args = gemma(paths, monkeypatch)
+    assert not {"chat-template", "speculative-config"} & set(args)
+    told = capsys.readouterr().out
+    assert "the chat template tool_chat_template_gemma4.jinja is not here: the model's own is used" in told
+    assert f"VLLM_MODEL=gemma-4-31B-it-assistant VLLM_MODEL_ORG=google VLLM_MODELS_DIR={paths.models} vllm-resolve-model" in told
+    (paths.config / "presets").mkdir()
+    template = paths.config / "presets/tool_chat_template_gemma4.jinja"
+    template.write_text("{{ messages }}")
+    draft = paths.models / label(request_from(Model(id="google/gemma-4-31B-it-assistant", name="gemma-4-31B-it-assistant"), paths.models))
+    draft.mkdir(parents=True)
+    (draft / "config.json").write_text("{}")
+    args = gemma(paths, monkeypatch)
+    assert args["chat-template"] == str(template)
+    assert args["speculative-config"] == {"method": "mtp", "model": str(draft), "num_speculative_tokens": 4}
+    assert "note     the chat" not in capsys.readouterr().out
+
+
+def test_a_template_of_the_engine_s_own_environment_goes_before_ours(paths: Paths) -> None:
+    run(paths, "set", "demo", "llama-33-70b")
+    assert drop_in(paths)["engine"]["args"]["chat-template"].endswith("share/chat-templates/llama3-json-tools.jinja")
+    theirs = paths.engines / "vllm-1/lib/python3.12/site-packages/vllm/examples/tool_chat_template_llama3.2_json.jinja"
+    theirs.parent.mkdir(parents=True)
+    theirs.write_text("")
+    (paths.config / "demo.yaml").write_text(f"engine: {{executable: {paths.engines}/vllm-1/bin/vllm}}\n")
+    (paths.engines / "vllm-1/bin").mkdir()
+    (paths.engines / "vllm-1/bin/vllm").write_text("#!/bin/sh\n")
+    (paths.engines / "vllm-1/bin/vllm").chmod(0o755)
+    run(paths, "set", "demo", "llama-33-70b")
+    assert drop_in(paths)["engine"]["args"]["chat-template"] == str(theirs)
+
+
+def test_a_card_without_a_driver_is_told_before_the_processor_is_chosen(paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    has(monkeypatch, notes=("an NVIDIA card is there, and no driver answers",))
+    run(paths, "set", "demo", "qwen3-0.6b")
+    assert "note     an NVIDIA card is there, and no driver answers" in capsys.readouterr().out
+
+
+def test_the_number_of_gpus_in_the_instance_s_file_holds_unless_another_one_is_given(paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    (paths.config / "demo.yaml").write_text("gpus: 1\n")
+    run(paths, "set", "demo", "qwen36-35b-a3b")
+    assert (drop_in(paths)["gpus"], drop_in(paths)["serve"]["max_model_len"]) == (1, 131072)
+    capsys.readouterr()
+    run(paths, "presets", "demo", "--json")
+    [row] = [each for each in json.loads(capsys.readouterr().out)["presets"] if each["id"] == "qwen36-35b-a3b"]
+    assert (row["gpus"], row["max_model_len"]) == (1, 131072), "it is shown as it would be set"
+    run(paths, "set", "demo", "qwen36-35b-a3b", "--gpus", "2")
+    assert (drop_in(paths)["gpus"], drop_in(paths)["serve"]["max_model_len"]) == (2, 262144)
+    (paths.config / "demo.yaml").write_text("gpus: 3\n")
+    with pytest.raises(ConfigError, match="3 GPUs are wanted, and there are 2 alike"):
+        run(paths, "set", "demo", "qwen36-35b-a3b", "--force")
+
+
+def test_the_choice_of_gpus_is_remembered_only_for_the_same_choice(paths: Paths) -> None:
+    run(paths, "set", "demo", "qwen36-35b-a3b", "--gpus", "1")
+    run(paths, "set", "demo")
+    assert drop_in(paths)["gpus"] == 1
+    run(paths, "set", "demo", "qwen36-35b-a3b")
+    assert drop_in(paths)["gpus"] == 2

@@ -62,8 +62,8 @@ def select(paths: Paths, name: str, asked: Asked, before: Chosen, wish: Wish) ->
         made = _model(_named(asked.choice, known, paths), asked, wish, equipment)
     settings = merged(made.settings, flags)
     context = settings.get("serve", {}).get("max_model_len")
-    busy = _busy(made)
-    return Selection(made.chosen, settings, made.model, made.group, made.count, context if isinstance(context, int) else None, (*made.told, *busy))
+    unseen = equipment.notes if not equipment.cards else ()
+    return Selection(made.chosen, settings, made.model, made.group, made.count, context if isinstance(context, int) else None, (*made.told, *_busy(made), *unseen))
 
 
 def _completed(paths: Paths, name: str, asked: Asked, before: Chosen) -> Asked:
@@ -103,6 +103,7 @@ def _preset(paths: Paths, preset: Preset, asked: Asked, wish: Wish, equipment: E
 def _instead(paths: Paths, equipment: Equipment, wish: Wish, asked: Asked) -> str:
     first = preset_choice.recommended(judged(each, equipment, wish, asked.gpus) for each in presets.read(paths).good)
     other = f"{first.preset.id} fits; " if first else ""
+    other += "--gpus N goes before what the instance's file says of GPUs; " if wish.count and asked.gpus is None else ""
     return f"{other}`{paths.vllmctl} model presets` shows all; a model of your own: ORG/NAME; although it does not fit: --force"
 
 

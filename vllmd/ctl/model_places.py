@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from vllmd.config.paths import Paths
@@ -27,9 +28,10 @@ def found(paths: Paths, config: Config, variant: Variant) -> tuple[Found, list[s
         )
     draft = _draft(paths, config, variant)
     if draft is None and variant.draft:
+        org, _, name = variant.draft.model.partition("/")
         told.append(
-            f"without the draft model {variant.draft.model}, which makes it faster and is not in the store. To have it: "
-            f"VLLM_MODEL={variant.draft.model.rpartition('/')[2]} VLLM_MODEL_ORG={variant.draft.model.rpartition('/')[0]} vllm-resolve-model as the service's user, and choose again"
+            f"without the draft model {variant.draft.model}, which makes it faster and is not in the store. To have it, as the service's user: "
+            f"VLLM_MODEL={name} VLLM_MODEL_ORG={org} VLLM_MODELS_DIR={shlex.quote(config.model.dir or str(paths.models))} vllm-resolve-model; then choose again"
         )
     return Found(str(template or ""), str(draft or "")), told
 
@@ -49,5 +51,5 @@ def _draft(paths: Paths, config: Config, variant: Variant) -> Path | None:
     if variant.draft is None:
         return None
     request = request_from(Model(id=variant.draft.model, name=variant.draft.model.rpartition("/")[2], dir=config.model.dir), paths.models)
-    link = request.store / label(request)
-    return link if link.is_dir() else None
+    places = (request.store / label(request), request.store / request.name)
+    return next((place for place in places if (place / "config.json").is_file()), None)
