@@ -330,7 +330,7 @@ def test_a_chat_template_and_a_draft_model_are_used_where_they_are(paths: Paths,
     assert not {"chat-template", "speculative-config"} & set(args)
     told = capsys.readouterr().out
     assert "the chat template tool_chat_template_gemma4.jinja is not here: the model's own is used" in told
-    assert f"VLLM_MODEL=gemma-4-31B-it-assistant VLLM_MODEL_ORG=google VLLM_MODELS_DIR={paths.models} vllm-resolve-model" in told
+    assert f"VLLM_MODEL=gemma-4-31B-it-assistant VLLM_MODEL_ORG=google VLLM_MODELS_DIR={paths.models} VLLM_MODEL_ENV_FILE=/tmp/draft.env vllm-resolve-model" in told
     (paths.config / "presets").mkdir()
     template = paths.config / "presets/tool_chat_template_gemma4.jinja"
     template.write_text("{{ messages }}")

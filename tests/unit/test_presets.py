@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from vllmd.config import yamlfile
 from vllmd.core import preset_choice as choice
 from vllmd.core import tiers
 from vllmd.core.preset_choice import Fit, Found, Misfit, Preset, Variant
-from vllmd.core.tiers import Card, Group, Part
+from vllmd.core.tiers import TIERS, Card, Group, Part
 from vllmd.errors import VllmdError
 from vllmd.models import presets
 
@@ -250,3 +251,22 @@ def test_files_that_were_found_become_flags() -> None:
     whole = args(Found("/t.jinja", "/models/draft"))
     assert whole["chat-template"] == "/t.jinja"
     assert whole["speculative-config"] == {"method": "mtp", "model": "/models/draft", "num_speculative_tokens": 4}
+
+
+# -- the page
+
+
+@pytest.mark.parametrize("page", ["vllmd.presets.5.md", "choosing.md"])
+def test_the_pages_tell_every_tier_and_their_examples_are_presets(page: str) -> None:
+    text = (SHARE.parent / "docs" / page).read_text()
+    assert all(f"| `{tier}` |" in text for tier in TIERS)
+    example = re.search(r"(?m)^    # /etc/vllmd/presets/our-chat.yaml\n((?:    .*\n)+)", text)
+    assert example
+    preset = presets.parse("our-chat", yamlfile.parse(textwrap.dedent(example[1]), "our-chat.yaml"))
+    assert preset.variants["nvidia-blackwell"].tokens(80) == 131072
+
+
+def test_the_page_tells_every_key() -> None:
+    text = (SHARE.parent / "docs/vllmd.presets.5.md").read_text()
+    cells = " ".join(re.findall(r"(?m)^\| (`[^|]*) \|", text))
+    assert all(f"`{key}`" in cells for key in (*presets.KEYS, *presets.VARIANT_KEYS))

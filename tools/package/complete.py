@@ -15,6 +15,8 @@ from tools.package.commands import Command, Option, commands
 INSTANCE = "NAME"
 _FILES = ("FILE", "DIR", "PATH", "WHEELS", "PYTHON", "LOCK")
 LIST_INSTANCES = "for f in /etc/vllmd/*.yaml; do f=${f##*/}; f=${f%.yaml}; case $f in vllmd|\\*) ;; *) printf '%s\\n' \"$f\" ;; esac; done"
+PRESET = "PRESET|MODEL"
+LIST_PRESETS = "for f in /usr/share/vllmd/presets/*.yaml /etc/vllmd/presets/*.yaml; do f=${f##*/}; f=${f%.yaml}; case $f in \\*) ;; *) printf '%s\\n' \"$f\" ;; esac; done"
 _HEAD = "Made from the command's own parser by the package's build."
 
 
@@ -24,6 +26,10 @@ def _path(command: Command) -> str:
 
 def wants_instance(command: Command) -> bool:
     return any(each.metavar == INSTANCE for each in command.arguments)
+
+
+def wants_preset(command: Command) -> bool:
+    return any(each.metavar == PRESET for each in command.arguments)
 
 
 def wants_file(command: Command) -> bool:
@@ -67,7 +73,7 @@ def _walk(top: Command) -> str:
 
 
 def _row(command: Command) -> str:
-    kind = "instances" if wants_instance(command) else "files" if wants_file(command) else "words"
+    kind = "presets" if wants_preset(command) else "instances" if wants_instance(command) else "files" if wants_file(command) else "words"
     return f"kind={kind} offers={shlex.quote(_words(command))} flags={shlex.quote(_flags(command))}"
 
 
@@ -82,7 +88,8 @@ def _body(top: Command) -> str:
 {_values(top) or "    *) ;;"}
   esac
   case $current in -*) kind=words offers=$flags ;; esac
-  if [ "$kind" = instances ]; then offers="$offers $({LIST_INSTANCES})"; fi"""
+  case $kind in instances|presets) offers="$offers $({LIST_INSTANCES})" ;; esac
+  if [ "$kind" = presets ]; then offers="$offers $({LIST_PRESETS})"; fi"""
 
 
 def bash(top: Command) -> str:
@@ -148,6 +155,9 @@ def _fish_rows(name: str, where: str, command: Command) -> list[str]:
     rows = [f"{start} -a {verb.words[-1]} -d {_fish_text(verb.help)}" for verb in command.verbs]
     if wants_instance(command):
         rows.append(f"{start} -a '(string replace -rf \".*/(.*)\\.yaml\" \"\\$1\" /etc/vllmd/*.yaml | string match -v vllmd)'")
+    if wants_preset(command):
+        # `set`: to any other command a pattern without a match is an error.
+        rows.append(f"{start} -a '(set -l f /usr/share/vllmd/presets/*.yaml /etc/vllmd/presets/*.yaml; string replace -rf \".*/(.*)\\.yaml\" \"\\$1\" $f)'")
     if wants_file(command):
         rows.append(f"{start} -F")
     for option in command.options:

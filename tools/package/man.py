@@ -21,7 +21,8 @@ SUMMARIES = {
 }
 MORE = {"vllmd": (("README.md", "When it ends"), ("docs/vllmd.8.md", ""))}
 """What no parser knows: sections of documents, or all of one."""
-SEE_ALSO = "vllmd(8), vllmctl(1), vllmd.yaml(5), systemctl(1), journalctl(1)"
+FILES = {"vllmd.yaml": "configuration of vllmd", "vllmd.presets": "models, and how each kind of GPU serves them"}
+SEE_ALSO = "vllmd(8), vllmctl(1), vllmd.yaml(5), vllmd.presets(5), systemctl(1), journalctl(1)"
 
 
 def write(into: Path, epoch: int) -> None:
@@ -29,8 +30,9 @@ def write(into: Path, epoch: int) -> None:
     for command in commands():
         section, _ = SUMMARIES[command.words[0]]
         _pack(into / f"man{section}/{command.words[0]}.{section}", page(command, date))
-    text = (CHECKOUT / "docs/vllmd.yaml.5.md").read_text()
-    _pack(into / "man5/vllmd.yaml.5", roff.title("vllmd.yaml", 5, "configuration of vllmd", date, __version__) + roff.markdown(text) + _see_also())
+    for name, summary in FILES.items():
+        text = (CHECKOUT / f"docs/{name}.5.md").read_text()
+        _pack(into / f"man5/{name}.5", roff.title(name, 5, summary, date, __version__) + roff.markdown(text) + _see_also())
 
 
 def _pack(target: Path, text: str) -> None:

@@ -31,7 +31,7 @@ def found(paths: Paths, config: Config, variant: Variant) -> tuple[Found, list[s
         org, _, name = variant.draft.model.partition("/")
         told.append(
             f"without the draft model {variant.draft.model}, which makes it faster and is not in the store. To have it, as the service's user: "
-            f"VLLM_MODEL={name} VLLM_MODEL_ORG={org} VLLM_MODELS_DIR={shlex.quote(config.model.dir or str(paths.models))} vllm-resolve-model; then choose again"
+            f"VLLM_MODEL={name} VLLM_MODEL_ORG={org} VLLM_MODELS_DIR={shlex.quote(config.model.dir or str(paths.models))} VLLM_MODEL_ENV_FILE=/tmp/draft.env vllm-resolve-model; then choose again"
         )
     return Found(str(template or ""), str(draft or "")), told
 

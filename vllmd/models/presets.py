@@ -24,8 +24,8 @@ from vllmd.errors import ConfigError, VllmdError
 
 FOLDER, TEMPLATES = "presets", "chat-templates"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}", re.ASCII)
-_KEYS = ("title", "about", "order", "tiers")
-_VARIANT_KEYS = ("model", "revision", "min_gib", "min_capability", "context", "gpus", "serve", "args", "env", "chat_template", "draft")
+KEYS = ("title", "about", "order", "tiers")
+VARIANT_KEYS = ("model", "revision", "min_gib", "min_capability", "context", "gpus", "serve", "args", "env", "chat_template", "draft")
 _LARGE = 1 << 24
 
 
@@ -84,7 +84,7 @@ def parse(name: str, document: Document) -> Preset:
     reader = _Reader(document)
     if not _NAME.fullmatch(name):
         raise reader.bad((), f"{name!r:.80} cannot be the name of a preset", "name the file in lower-case letters, digits, '.', '_' and '-'")
-    reader.known((), _KEYS)
+    reader.known((), KEYS)
     given = reader.mapping(("tiers",))
     reader.known(("tiers",), tuple(TIERS))
     if not given:
@@ -108,7 +108,7 @@ def _same(reader: _Reader, tier: str, other: str, whole: Mapping[str, Variant]) 
 
 def _variant(reader: _Reader, at: tuple[str, ...]) -> Variant:
     reader.mapping(at)
-    reader.known(at, _VARIANT_KEYS)
+    reader.known(at, VARIANT_KEYS)
     env = reader.mapping((*at, "env"))
     return Variant(
         model=reader.checked((*at, "model"), _hub_id, required=True),
