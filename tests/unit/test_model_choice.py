@@ -19,6 +19,7 @@ from vllmd.ctl import unit as units
 from vllmd.ctl.model_file import Chosen
 from vllmd.ctl.model_hardware import Equipment
 from vllmd.ctl.unit import UnitState
+from vllmd.engines import record
 from vllmd.errors import ConfigError, Status, TryLater, UsageError, VllmdError
 from vllmd.models.identity import label, request_from
 
@@ -384,3 +385,22 @@ def test_the_choice_of_gpus_is_remembered_only_for_the_same_choice(paths: Paths)
     assert drop_in(paths)["gpus"] == 1
     run(paths, "set", "demo", "qwen36-35b-a3b")
     assert drop_in(paths)["gpus"] == 2
+
+
+def test_an_engine_that_was_built_for_something_else_is_told(paths: Paths, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = paths.engines / "vllm-1"
+    (directory / "bin").mkdir(parents=True)
+    (directory / "bin/vllm").write_text("#!/bin/sh\n")
+    (directory / "bin/vllm").chmod(0o755)
+    (paths.engines / record.CURRENT).symlink_to(directory.name)
+    known = tuple(f"--{name}" for name in ("model", "host", "port", "uds", "served-model-name", "middleware", "dtype", "gpu-memory-utilization", "max-model-len"))
+    for variant, is_told in (("cpu", True), ("cuda", False)):
+        record.write(directory, record.Record("0.32.0", variant, known, ()))
+        try:
+            run(paths, "set", "demo", "a/b")
+        except VllmdError as error:
+            pytest.fail(f"{error.what}")
+        assert ("is a build for cpu: vllmctl engine install --cuda" in capsys.readouterr().out) is is_told
+    has(monkeypatch)
+    with pytest.raises(ConfigError, match="2 GPUs are wanted, and there is none"):
+        run(paths, "set", "demo", "a/b", "--gpus", "2")

@@ -270,3 +270,32 @@ def test_the_page_tells_every_key() -> None:
     text = (SHARE.parent / "docs/vllmd.presets.5.md").read_text()
     cells = " ".join(re.findall(r"(?m)^\| (`[^|]*) \|", text))
     assert all(f"`{key}`" in cells for key in (*presets.KEYS, *presets.VARIANT_KEYS))
+
+
+# -- what others have, and what is not there
+
+
+def test_gpus_that_somebody_has_are_left_to_him_where_it_fits_without_them() -> None:
+    held = [Card(index, f"GPU-{index}", "A100", capability="8.0", memory_mib=81920, held_by="qwen3" if index == 0 else "") for index in range(2)]
+    fit = judged("qwen36-35b-a3b", *tiers.groups(held, 0))
+    assert isinstance(fit, Fit)
+    assert (fit.count, fit.tokens, fit.context) == (1, ("GPU-1",), 131072)
+    large = Preset("x", "x", "", 1, {tiers.OLDER: Variant("a/b", 100)})
+    fit = choice.judge(large, tiers.groups(held, 0))
+    assert isinstance(fit, Fit)
+    assert fit.count == 2, "else it is told that they are not free"
+
+
+def test_a_gpu_that_is_too_old_does_not_hide_what_is_wrong_with_the_others() -> None:
+    misfit = judged("llama-33-70b", *tiers.groups(cards(("V100", "7.0", 32768), ("RTX 4090", "8.9", 24564)), 0))
+    assert isinstance(misfit, Misfit)
+    assert misfit.why == "it needs 44 GiB, and 1 x RTX 4090 has 23 GiB; GPUs that differ cannot be joined"
+    misfit = judged("llama-33-70b", *tiers.groups(cards(("V100", "7.0", 32768)), 0))
+    assert isinstance(misfit, Misfit)
+    assert misfit.why == "it needs compute capability 7.5, and V100 has 7.0"
+
+
+def test_gpus_are_wanted_where_there_is_none() -> None:
+    misfit = judged("qwen3-0.6b", *tiers.groups([], 64 * 1024), wanted=2)
+    assert isinstance(misfit, Misfit)
+    assert misfit.why == "2 GPUs are wanted, and there is none"

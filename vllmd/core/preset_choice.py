@@ -1,7 +1,7 @@
 """Which preset fits these GPUs, on how many of them and with which context; and why another one does not. Pure.
 
-Of all ways that fit, the one with the longest context; of those, the one with the fewest GPUs, so that others stay free for
-other models; of those, the newest GPUs, then the smallest.
+Of all ways that fit, those on GPUs that nobody has now go first; of these, the one with the longest context; then the one with
+the fewest GPUs, so that others stay free for other models; then the newest GPUs, then the smallest.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ class Fit:
 
     @property
     def rank(self) -> tuple[Any, ...]:
-        return (self.context or UNLIMITED, -self.count, self.group.capability, -self.group.each_mib)
+        return (self.group.free >= self.count, self.context or UNLIMITED, -self.count, self.group.capability, -self.group.each_mib)
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +118,7 @@ def _ways(preset: Preset, groups: Sequence[Group], wanted: int | None) -> Iterat
         if variant is None or _is_too_old(variant, group):
             continue
         for count in variant.sizes:
-            if count <= group.largest and (wanted in (None, count) or group.kind == "cpu"):
+            if count <= group.largest and wanted in (None, count):
                 gib = group.gib(count)
                 yield Fit(preset, variant, group, count, gib, variant.tokens(gib))
 
@@ -133,18 +133,19 @@ def _why_not(preset: Preset, groups: Sequence[Group], wanted: int | None) -> str
         return "no GPU of this host can be used"
     if not here:
         return f"No configuration for {preset.id} on {' or '.join(dict.fromkeys(group.tier for group in groups))} hardware"
-    for group, variant in here:
-        if _is_too_old(variant, group):
-            return f"it needs compute capability {_dotted(variant.min_capability)}, and {group.name} has {_dotted(group.capability)}"
     ways = list(_ways(preset, groups, wanted))
-    if not ways:
+    if ways:
+        return _too_small(max(ways, key=lambda fit: (fit.gib - fit.variant.min_gib, fit.count)), groups)
+    young = [(group, variant) for group, variant in here if not _is_too_old(variant, group)]
+    if not young:
         group, variant = here[0]
-        return _wrong_count(group, variant, wanted)
-    best = max(ways, key=lambda fit: (fit.gib - fit.variant.min_gib, fit.count))
-    return _too_small(best, groups)
+        return f"it needs compute capability {_dotted(variant.min_capability)}, and {group.name} has {_dotted(group.capability)}"
+    return _wrong_count(*max(young, key=lambda each: each[0].largest), wanted)
 
 
 def _wrong_count(group: Group, variant: Variant, wanted: int | None) -> str:
+    if group.kind == "cpu":
+        return f"{wanted} GPU{'' if wanted == 1 else 's'} {'is' if wanted == 1 else 'are'} wanted, and there is none"
     if wanted is not None and wanted > group.largest:
         alone = "; a model is on one MIG device at most" if group.kind == "mig" else ""
         return f"{wanted} GPUs are wanted, and there {'is 1' if group.count == 1 else f'are {group.count} alike'}{alone}"

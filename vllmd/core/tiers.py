@@ -125,7 +125,7 @@ def groups(cards: Iterable[Card], host_mib: int, only: tuple[str, ...] | None = 
             alike.setdefault(key, []).append((held_by, token))
     found = [_complete(group, alike[key]) for key, group in made.items()]
     if not cards or only == ():
-        return (Group(CPU, "", "cpu", 1, host_mib),)
+        return (Group(CPU, "", "cpu", 1, host_mib, free=1),)
     return tuple(sorted(found, key=lambda group: (group.largest * group.each_mib, group.capability), reverse=True))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 from vllmd.commandline import Parser
@@ -15,12 +17,14 @@ _SET = (
     "Writes NAME.d/50-model.yaml, and restarts the instance where it runs. Without PRESET|MODEL the last choice is made again, for the hardware of now. "
     "An instance that has no file yet gets one. Nothing is written that `vllmd check` would refuse."
 )
+_PLAN = "vllmd.ctl.model_plan"
 _FLAGS = "What stands behind `--` are flags of vLLM: vllmctl model set qwen3 Qwen/Qwen3-8B -- --max-model-len 8192 --enforce-eager"
 
 
 def main(argv: Sequence[str], paths: Paths) -> int:
     """Performs one command line; raises VllmdError."""
-    # `plan` belongs here: if argv[:1] == ["plan"]: from vllmd.ctl import model_plan; return model_plan.main(argv[1:], paths)
+    if argv[:1] == ["plan"] and find_spec(_PLAN):
+        return int(import_module(_PLAN).main(argv[1:], paths))
     own, flags = _split(argv)
     options = _parser().parse_args(own)
     if flags and options.verb != "set":
@@ -66,6 +70,8 @@ def _parser() -> argparse.ArgumentParser:
     shown.add_argument("name", metavar="NAME", help="the instance")
     clear = _verb(verbs, "clear", "select no model: the unit stays up and serves nothing")
     clear.add_argument("name", metavar="NAME", help="the instance")
+    if find_spec(_PLAN):
+        verbs.add_parser("plan", help="what a model would need, before it is downloaded", add_help=False)
     for each in (chosen, clear):
         each.add_argument("--no-restart", action="store_true", help="only write the file")
     return top

@@ -128,6 +128,8 @@ def _model(model: dict[str, str], asked: Asked, wish: Wish, equipment: Equipment
     chosen = Chosen(asked.choice, tier="", flags=asked.flags, gpus=asked.gpus)
     name = model.get("id") or model["path"]
     groups = [group for group in groups_of(equipment, wish) if group.kind != "cpu"]
+    if not groups and asked.gpus:
+        raise ConfigError("too_few_gpus", f"{asked.gpus} GPUs are wanted, and there is none that can be used", "vllmctl gpu shows what there is")
     if not groups:
         return Selection(chosen, {"model": model, **_one()}, name, None, 0, None)
     if asked.gpus is None and wish.speaks_of_gpus:

@@ -124,7 +124,7 @@ def overlay(paths: Paths, name: str, text: str, instance_text: str = "") -> Iter
         (folder / f"{name}.d").mkdir()
         files = [paths.config / HOST_FILE, paths.instance_config(name), *layers.drop_ins(paths, name)]
         for each in files:
-            if each.exists() and each != path(paths, name):
+            if (each.exists() or each.is_symlink()) and each != path(paths, name):
                 (folder / each.relative_to(paths.config)).symlink_to(each)
         if instance_text:
             (folder / f"{name}.yaml").write_text(instance_text)
@@ -144,6 +144,7 @@ def write(paths: Paths, name: str, text: str, instance_text: str = "") -> list[s
     told = []
     try:
         if instance_text:
+            paths.config.parent.mkdir(parents=True, exist_ok=True)  # a user who had no ~/.config
             directory_like(paths.config, paths.config.parent)
             _put(own, instance_text, paths.config)
             told.append(f"{own} was made")

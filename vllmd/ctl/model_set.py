@@ -36,7 +36,7 @@ def set_model(paths: Paths, name: str, asked: Asked, *, restarts: bool, as_json:
     before = model_file.read(paths, name)
     selection = model_choice.select(paths, name, asked, before, model_wish.wish(paths, name, instance_text))
     text = model_file.rendered(name, selection.chosen, selection.settings, paths.vllmctl)
-    notes = [*selection.told, *checked(paths, name, text, instance_text, selection.settings)]
+    notes = [*selection.told, *checked(paths, name, text, instance_text, selection.settings, selection.chosen.tier)]
     notes += model_file.write(paths, name, text, instance_text)
     document = as_dict(paths, name, selection, notes)
     if not as_json:
@@ -105,14 +105,16 @@ def _free_port(paths: Paths, names: list[str]) -> int:
 # -- what would be in force
 
 
-def checked(paths: Paths, name: str, text: str, instance_text: str, settings: Mapping[str, Any]) -> list[str]:
+def checked(paths: Paths, name: str, text: str, instance_text: str, settings: Mapping[str, Any], tier: str = "") -> list[str]:
     """What a person should know of it. VllmdError where a start would refuse it, or where it would have no effect."""
     with model_file.overlay(paths, name, text, instance_text) as there:
         prepared = stages.prepare(name, there, {name: os.environ[name] for name in ("PATH",) if name in os.environ})
         ours = str(there.config / f"{name}.d" / model_file.DROP_IN)
         told = list(_others(prepared.loaded, ours, settings))
         try:
-            stages.plan(prepared, stages.context(prepared))
+            where = stages.context(prepared)
+            stages.plan(prepared, where)
+            told += _other_build(where.installed.variant, tier)
         except ConfigError as error:
             if error.code != "engine_missing":
                 raise
@@ -133,6 +135,14 @@ def _others(loaded: Loaded, ours: str, settings: Mapping[str, Any]) -> Iterator[
     for key, origin in loaded.origins.items():
         if key.startswith(("engine.args.", "engine.env.")) and origin.kind == "file" and origin.place != ours and Path(origin.place).stem != "vllmd":
             yield f"{key} of {origin} stays in force"
+
+
+def _other_build(variant: str, tier: str) -> list[str]:
+    """An engine that was built for something else would not see these GPUs."""
+    wanted = "rocm" if tier.startswith("amd") else "cuda" if tier.startswith("nvidia") else ""
+    if not wanted or not variant or variant == wanted:
+        return []
+    return [f"the engine that it would run is a build for {variant}: vllmctl engine install --{wanted}"]
 
 
 def _keys(settings: Mapping[str, Any]) -> Iterator[str]:
