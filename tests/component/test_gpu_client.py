@@ -159,7 +159,7 @@ class TestOnce:
             start = time.monotonic()
             found = read_once(service.paths, 10)
             assert [gpu["uuid"] for gpu in found["gpus"]] == [uuid(0), uuid(1)]
-            assert time.monotonic() - start < 1
+            assert time.monotonic() - start < 8
 
     def test_from_a_child_with_verdict_and_quarantine(self, stub: Stub, tmp_path: Path) -> None:
         paths = root_paths(tmp_path)

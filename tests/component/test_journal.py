@@ -189,7 +189,7 @@ def test_close_sends_what_it_can_within_its_time(journal: Journal, journald: Jou
         journal.engine_line("x")
     started = time.monotonic()
     journal.close(0.1)
-    assert 0.05 < time.monotonic() - started < 1.0
+    assert 0.05 < time.monotonic() - started < 5.0
 
 
 def test_the_reason_of_the_end_is_told_although_the_loop_is_gone(path: Path, journald: Journald) -> None:

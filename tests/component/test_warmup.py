@@ -377,7 +377,7 @@ def test_child_ends_at_once_when_its_daemon_does_during_the_pass(start: Start, o
         began = time.monotonic()
         child.stdin.close()
         child.wait(10)
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < 5  # not to the end of the download
 
 
 def test_ready_waits_for_the_pass_and_a_flipped_byte_is_no_ready() -> None:

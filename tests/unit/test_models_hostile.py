@@ -28,9 +28,9 @@ def model(tmp_path: Path) -> Path:
 @contextmanager
 def soon(seconds: float) -> Iterator[None]:
     """Bounds far above what is needed: the machine may be busy, and what they catch takes minutes."""
-    started = time.monotonic()
+    started = time.process_time()
     yield
-    assert time.monotonic() - started < seconds
+    assert time.process_time() - started < seconds
 
 
 def refusal(directory: Path) -> ModelInvalid:

@@ -184,9 +184,9 @@ def test_safetensors_that_are_wrong_inside(model: Path, content: bytes, said: st
 def test_a_shape_that_no_tensor_has_costs_milliseconds(model: Path, shape: str) -> None:
     text = f'{{"w": {{"dtype": "U8", "shape": {shape}, "data_offsets": [0, 256]}}}}'.encode()
     (model / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(256))
-    started = time.monotonic()
+    started = time.process_time()
     assert "wrong about tensor 'w'" in refusal(model).what
-    assert time.monotonic() - started < 2
+    assert time.process_time() - started < 2
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
@@ -311,9 +311,9 @@ def test_tokenizer_that_is_no_object(model: Path, name: str, text: str) -> None:
 def test_large_tokenizer_is_not_parsed(model: Path) -> None:
     """It would take most of the time of a start that finds nothing to do."""
     (model / "tokenizer.json").write_bytes(b"{" + b"[" * (40 << 20) + b"}\n")
-    started = time.monotonic()
+    started = time.process_time()
     validate(model, Checks())
-    assert time.monotonic() - started < 1
+    assert time.process_time() - started < 1
     os.truncate(model / "tokenizer.json", 300 << 20)
     assert "which no tokenizer has" in refusal(model).what
 
@@ -407,9 +407,9 @@ def test_gguf_with_a_vocabulary_takes_milliseconds(model: Path) -> None:
     words = b"".join(text(str(number)) for number in range(250_000))
     key = text("tokens") + struct.pack("<IIQ", 9, 8, 250_000) + words
     (model / "model.gguf").write_bytes(gguf(key, counts=(0, 1)))
-    started = time.monotonic()
+    started = time.process_time()
     validate(model, Checks())
-    assert time.monotonic() - started < 3  # 0.2 s on an idle machine
+    assert time.process_time() - started < 3  # 0.2 s on an idle machine
 
 
 def test_part_of_a_split_gguf_is_missed(model: Path) -> None:
@@ -481,10 +481,10 @@ def test_headers_of_a_hundred_shards_take_milliseconds(tmp_path: Path, record_pr
     (directory / "model.safetensors").unlink()
     for part in range(1, 101):
         (directory / f"model-{part:05}-of-00100.safetensors").write_bytes(content)
-    started = time.perf_counter()
+    started = time.process_time()
     validate(directory, Checks())
-    record_property("seconds", time.perf_counter() - started)
-    assert time.perf_counter() - started < 1.0  # 16 ms on an idle machine; a loop over the data would take far longer
+    record_property("seconds", time.process_time() - started)
+    assert time.process_time() - started < 1.0  # 16 ms on an idle machine; a loop over the data would take far longer
 
 
 @pytest.mark.parametrize("damage", ["unlink", "mode"])
