@@ -14,11 +14,10 @@ set -eu
 
 LIB=/usr/local/lib/vllmd
 BIN=/usr/local/bin
+FILES=$LIB/files # what of the files below was made: uninstall removes those
 UNITS=/usr/local/lib/systemd/system
 SYSUSERS=/usr/local/lib/sysusers.d
 TMPFILES=/usr/local/lib/tmpfiles.d
-CATALOG=/usr/local/lib/systemd/catalog
-DATA=/usr/local/share/vllmd
 ENGINES=/opt/vllmd/engines
 DEMO=/var/lib/vllmd/models/demo
 COMMANDS="vllmd vllmctl vllm-preflight vllm-resolve-model vllm-serve"
@@ -84,7 +83,7 @@ copy_source() {
     trap 'rm -rf "$scratch"' EXIT
     chmod 0755 "$scratch"
     mkdir "$scratch/source"
-    for part in vllmd units etc share pyproject.toml README.md LICENSE NEWS.md; do
+    for part in vllmd units etc share docs tools pyproject.toml README.md LICENSE NEWS.md; do
         if [ -e "$checkout/$part" ]; then cp -R "$checkout/$part" "$scratch/source/"; fi
     done
     chmod -R u=rwX,go=rX "$scratch/source"
@@ -114,35 +113,17 @@ install_program() {
     for command in $COMMANDS; do ln -sfn "$LIB/current/bin/$command" "$BIN/$command"; done
 }
 
-install_units() {
-    say "installing units, user and directories"
-    mkdir -p "$UNITS" "$SYSUSERS" "$TMPFILES"
-    for unit in "$source"/units/*.service "$source"/units/*.target; do
-        sed "s,@BINDIR@,$BIN,g" "$unit" >"$UNITS/${unit##*/}"
-    done
-    cp "$source/units/sysusers.d/vllmd.conf" "$SYSUSERS/vllmd.conf"
-    cp "$source/units/tmpfiles.d/vllmd.conf" "$TMPFILES/vllmd.conf"
+# Units, polkit's rule, man pages, completions, documents, what Prometheus and Grafana are pointed at: those of the packages.
+install_files() {
+    say "installing units, user, directories, man pages and completions"
+    (cd "$source" && "$LIB/current/bin/python" -B -m tools.package.host "$FILES")
     systemd-sysusers "$SYSUSERS/vllmd.conf"
     systemd-tmpfiles --create "$TMPFILES/vllmd.conf"
-    if [ -e "$source/units/vllmd.catalog" ]; then
-        mkdir -p "$CATALOG"
-        cp "$source/units/vllmd.catalog" "$CATALOG/"
-        journalctl --update-catalog >/dev/null 2>&1 || :
-    fi
+    journalctl --update-catalog >/dev/null 2>&1 || :
     if systemd_runs; then systemctl daemon-reload; fi
     systemctl --quiet enable vllmd.target vllmd-gpu.service
     # A watch that runs is the old program's; instances bear its absence for a moment.
     if systemd_runs; then systemctl try-restart vllmd-gpu.service || :; fi
-}
-
-# What Prometheus and Grafana are pointed at (docs/metrics.md); a person's changes belong in a copy.
-install_shared() {
-    rm -rf "$DATA"
-    mkdir -p "${DATA%/*}"
-    cp -R "$source/share" "$DATA"
-    for file in prometheus/alerts.yaml prometheus/scrape.yaml grafana/provisioning/vllmd.yaml; do
-        sed "s,@DATADIR@,$DATA,g" "$source/share/$file" >"$DATA/$file"
-    done
 }
 
 install_configuration() {
@@ -214,8 +195,7 @@ install_all() {
     need_libraries
     copy_source
     install_program
-    install_units
-    install_shared
+    install_files
     install_configuration
     install_engine
     make_demo_model
@@ -229,12 +209,28 @@ stop_instances() {
     done
 }
 
+# A directory that was made here, of a package that was installed later (polkit's).
+belongs_to_a_package() {
+    if has dpkg-query; then dpkg-query -S "$1" >/dev/null 2>&1; else has rpm && rpm -qf "$1" >/dev/null 2>&1; fi
+}
+
+remove_files() {
+    [ -e "$FILES" ] || return 0
+    while read -r path; do
+        case $path in
+        */) belongs_to_a_package "${path%/}" || rmdir --ignore-fail-on-non-empty "$path" 2>/dev/null || : ;;
+        *) rm -f "$path" ;;
+        esac
+    done <"$FILES"
+}
+
 uninstall_program() {
     for command in $COMMANDS; do
         case $(readlink "$BIN/$command" 2>/dev/null || :) in "$LIB"/*) rm -f "$BIN/$command" ;; esac
     done
-    rm -rf "$LIB" "$DATA" /run/vllmd
-    rm -f "$UNITS/vllmd@.service" "$UNITS/vllmd-gpu.service" "$UNITS/vllmd.target" "$SYSUSERS/vllmd.conf" "$TMPFILES/vllmd.conf" "$CATALOG/vllmd.catalog"
+    remove_files
+    rm -rf "$LIB" /run/vllmd
+    journalctl --update-catalog >/dev/null 2>&1 || :
     if systemd_runs; then systemctl daemon-reload && systemctl reset-failed 'vllmd@*.service' vllmd-gpu.service 2>/dev/null || :; fi
 }
 

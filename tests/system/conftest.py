@@ -15,7 +15,7 @@ from tests.system.host import FAKE_ENGINE, Host
 from tests.system.tree import CHECKOUT, debian_tree, wheelhouse
 from tools.package.__main__ import Build, build
 
-_PARTS = ("vllmd", "units", "etc", "share", "tools", "tests/fakes", "pyproject.toml", "README.md", "LICENSE", "NEWS.md")
+_PARTS = ("vllmd", "units", "etc", "share", "docs", "tools", "tests/fakes", "pyproject.toml", "README.md", "LICENSE", "NEWS.md")
 EPOCH = 1_750_000_000
 _TOOLS = ("debootstrap", "systemd-nspawn", "nsenter", "setpriv", "unshare")
 

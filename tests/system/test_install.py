@@ -26,6 +26,16 @@ def test_all_commands_are_there_and_say_their_version(host: Host) -> None:
     assert len(versions) == 1
 
 
+def test_it_has_what_the_packages_have(host: Host) -> None:
+    """Man pages, completions, polkit's rule: all files on its list are there, and for everyone to read."""
+    names = host.run("cat", "/usr/local/lib/vllmd/files").out.splitlines()
+    files = [name for name in names if not name.endswith("/")]
+    assert set(host.run("stat", "-c", "%U %a", *files).out.splitlines()) == {"root 644"}
+    assert set(host.run("stat", "-c", "%U %a", *[name for name in names if name.endswith("/")]).out.splitlines()) == {"root 755"}
+    assert {"/etc/polkit-1/rules.d/50-vllmd.rules", "/usr/local/share/man/man8/vllmd.8.gz", "/usr/local/share/doc/vllmd/packages.md"} <= set(files)
+    assert "-F _vllmctl" in host.shell("bash -c '. /usr/local/share/bash-completion/completions/vllmctl && complete -p vllmctl'").out
+
+
 def test_what_prometheus_and_grafana_are_pointed_at_names_its_own_place(host: Host) -> None:
     data = "/usr/local/share/vllmd"
     assert f"path: {data}/grafana/dashboards" in host.run("cat", f"{data}/grafana/provisioning/vllmd.yaml").out
@@ -81,7 +91,7 @@ def test_uninstall_leaves_nothing_but_what_is_the_operator_s(bare: Host) -> None
     bare.install("--uninstall")
     assert bare.container.processes("vllmd") == {}
     left = set(bare.shell(files).out.splitlines()) - set(before.splitlines())
-    kept = ("/etc/vllmd", "/var/lib/vllmd", "/etc/sub", "/usr/local/lib/systemd", "/usr/local/lib/sysusers.d", "/usr/local/lib/tmpfiles.d")
+    kept = ("/etc/vllmd", "/var/lib/vllmd", "/etc/sub")
     assert [path for path in left if not path.startswith(kept) and not path.endswith("-")] == []
     bare.install(VLLMD_ENGINE_EXECUTABLE=FAKE_ENGINE)
     bare.run("systemctl", "start", "vllmd@demo")

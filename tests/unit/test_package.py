@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.needs import need
-from tools.package import complete, man, roff, stage, vendor, wheels
+from tools.package import complete, layout, man, roff, stage, vendor, wheels
 from tools.package.changelog import Changes
 from tools.package.commands import Command, NoParserError, commands, parser_of
 from tools.package.wheels import CHECKOUT
@@ -37,8 +37,8 @@ def test_commands_are_those_of_the_project() -> None:
 
 def test_every_unit_and_every_file_for_the_system_is_in_the_package() -> None:
     mine = {str(path.relative_to(CHECKOUT)) for path in (CHECKOUT / "units").rglob("*") if path.is_file()}
-    assert mine <= set(stage.FILES)
-    assert all((CHECKOUT / source).exists() for source in stage.FILES)
+    assert mine <= set(layout.FILES)
+    assert all((CHECKOUT / source).exists() for source in layout.FILES)
 
 
 def test_configuration_is_the_administrator_s() -> None:

@@ -7,8 +7,7 @@ names of instances where a NAME is wanted, and files where a file is.
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 
 from tools.package.commands import Command, Option, commands
 
@@ -175,15 +174,14 @@ def _fish_text(text: str) -> str:
 
 
 PLACES: Mapping[str, tuple[Callable[[Command], str], str]] = {
-    "bash": (bash, "usr/share/bash-completion/completions/{name}"),
-    "zsh": (zsh, "usr/share/zsh/vendor-completions/_{name}"),
-    "fish": (fish, "usr/share/fish/vendor_completions.d/{name}.fish"),
+    "bash": (bash, "{share}/bash-completion/completions/NAME"),
+    "zsh": (zsh, "{zsh}/_NAME"),
+    "fish": (fish, "{fish}/NAME.fish"),
 }
 
 
-def write(root: Path) -> None:
+def scripts() -> Iterator[tuple[str, str]]:
+    """Each with its place (layout.py)."""
     for command in commands():
         for make, place in PLACES.values():
-            target = root / place.format(name=command.words[0])
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(make(command))
+            yield place.replace("NAME", command.words[0]), make(command)

@@ -6,13 +6,13 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from tools.package import complete, legal, man, vendor, wheels
+from tools.package import layout, legal, vendor, wheels
+from tools.package.layout import PACKAGE
 from tools.package.wheels import CHECKOUT, PYTHONS
 
 COMMANDS = {
@@ -23,19 +23,6 @@ COMMANDS = {
     "vllm-serve": "vllmd.cli:serve_main",
 }
 """As in pyproject.toml; a test compares them."""
-DATADIR = "/usr/share/vllmd"
-FILES = {
-    "units/vllmd@.service": "usr/lib/systemd/system/vllmd@.service",
-    "units/vllmd-gpu.service": "usr/lib/systemd/system/vllmd-gpu.service",
-    "units/vllmd.target": "usr/lib/systemd/system/vllmd.target",
-    "units/vllmd.catalog": "usr/lib/systemd/catalog/vllmd.catalog",
-    "units/sysusers.d/vllmd.conf": "usr/lib/sysusers.d/vllmd.conf",
-    "units/tmpfiles.d/vllmd.conf": "usr/lib/tmpfiles.d/vllmd.conf",
-    "units/polkit-1/vllmd.rules": "usr/share/polkit-1/rules.d/50-vllmd.rules",
-}
-"""One place for each file; the trees below go where they are named."""
-TREES = {"share": DATADIR.lstrip("/")}
-_TEXTS = {"@BINDIR@": "/usr/bin", "@DATADIR@": DATADIR}
 
 
 def stage(into: Path, arch: str, program: str, epoch: int) -> None:
@@ -43,13 +30,9 @@ def stage(into: Path, arch: str, program: str, epoch: int) -> None:
     root = into / "root"
     _program(root / "usr/lib/vllmd" / program, arch)
     _commands(root / "usr/bin", f"/usr/lib/vllmd/{program}")
-    for source, target in FILES.items():
-        _place(CHECKOUT / source, root / target)
-    for tree, target in TREES.items():
-        for path in sorted(path for path in (CHECKOUT / tree).rglob("*") if path.is_file()):
-            _place(path, root / target / path.relative_to(CHECKOUT / tree))
-    complete.write(root)
-    _documents(into / "documents", epoch)
+    layout.write(root, PACKAGE)
+    layout.write_documents(into / "documents", PACKAGE, epoch)
+    layout.put(CHECKOUT / "packaging/lintian-overrides", into / "documents/lintian-overrides", PACKAGE)
     legal.write(into / "documents/doc/copyright", root / "usr/lib/vllmd" / program / _SITE, epoch)
     _config(into / "config")
     _scripts(into / "scripts", program)
@@ -84,38 +67,18 @@ def _commands(bindir: Path, program: str) -> None:
         command.chmod(0o755)
 
 
-# -- everything else
-
-
-def _place(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    text = source.read_text()
-    for mark, value in _TEXTS.items():
-        text = text.replace(mark, value)
-    target.write_text(text)
-
-
-def _documents(documents: Path, epoch: int) -> None:
-    for path in [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").iterdir())]:
-        _place(path, documents / "doc" / path.name)
-    (documents / "doc/NEWS.md.gz").write_bytes(gzip.compress((CHECKOUT / "NEWS.md").read_bytes(), 9, mtime=0))
-    _place(CHECKOUT / "etc/demo.yaml.example", documents / "examples/demo.yaml")
-    _place(CHECKOUT / "packaging/lintian-overrides", documents / "lintian-overrides")
-    man.write(documents / "man", epoch)
-
-
 # -- the rows of nfpm's description
 
 _OWNED = ("/usr/lib/vllmd", "/usr/share/vllmd", "/usr/share/doc/vllmd")
 """Directories that go with the package; others belong to other packages."""
-_RPM_PLACES = {"/usr/share/zsh/vendor-completions": "/usr/share/zsh/site-functions"}
+_RPM_PLACES = {PACKAGE.zsh: "/usr/share/zsh/site-functions"}
 
 
 def rows(staged: Path, kind: str) -> list[dict[str, object]]:
     found = list(_rows(staged / "root", "", ""))
     doc = "doc" if kind == "rpm" else ""  # nfpm leaves files of this type out of a .deb
-    for part, target in (("doc", "/usr/share/doc/vllmd"), ("examples", "/usr/share/doc/vllmd/examples"), ("man", "/usr/share/man")):
-        found += _rows(staged / "documents" / part, target, doc)
+    for part, target in layout.DOCUMENTS.items():
+        found += _rows(staged / "documents" / part, PACKAGE.place(target), doc)
     for row in found if kind == "rpm" else ():
         for place, here in _RPM_PLACES.items():
             row["dst"] = str(row["dst"]).replace(place, here)
@@ -134,8 +97,8 @@ def _rows(top: Path, target: str, kind: str) -> Iterator[dict[str, object]]:
 
 
 def _config(config: Path) -> None:
-    _place(CHECKOUT / "etc/vllmd.yaml", config / "etc/vllmd/vllmd.yaml")
-    _place(CHECKOUT / "packaging/default", config / "etc/default/vllmd")
+    layout.put(CHECKOUT / "etc/vllmd.yaml", config / "etc/vllmd/vllmd.yaml", PACKAGE)
+    layout.put(CHECKOUT / "packaging/default", config / "etc/default/vllmd", PACKAGE)
 
 
 def _scripts(scripts: Path, program: str) -> None:
