@@ -19,7 +19,7 @@ from tests.system.conftest import EPOCH
 from tests.system.container import Container, wait_for
 from tests.system.extras import extra_packages
 from tests.system.host import FAKE_ENGINE, MODEL, Host
-from tests.system.tree import CHECKOUT, debian_tree, suite
+from tests.system.tree import CHECKOUT, SUITES, debian_tree, suite
 from tools.package.__main__ import Build, build
 
 pytestmark = pytest.mark.system
@@ -164,6 +164,14 @@ def test_installation_without_network_makes_a_host_that_serves(machine: Host) ->
 def test_every_vendored_module_imports_with_the_distribution_s_python(machine: Host) -> None:
     done = machine.run(f"{LIB}/{OLD}/bin/python3", "-I", "-c", IMPORT_ALL, *ELSEWHERE, timeout_s=120)
     assert int(done.out.split()[-1]) > 500
+
+
+@pytest.mark.parametrize("release", [each for each in SUITES if each != suite()])
+def test_every_vendored_module_imports_on_the_other_debian(release: str, packages: Path) -> None:
+    with Container(debian_tree(release), {"/mnt/packages": packages}) as container:
+        _apt(Host(container), "install", _deb(OLD))
+        done = container.run(f"{LIB}/{OLD}/bin/python3", "-I", "-c", IMPORT_ALL, *ELSEWHERE, timeout_s=120)
+        assert int(done.out.split()[-1]) > 500
 
 
 def test_modules_are_byte_compiled_and_come_from_nowhere_else(machine: Host) -> None:
