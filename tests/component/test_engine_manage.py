@@ -351,7 +351,7 @@ def test_py_spy_comes_along_where_it_can_be_had(tmp_path: Path, wheels: Path, ca
     ("argv", "said"),
     [
         (["--rocm", "--anyway"], "not on the default index"),
-        (["--cpu", "--wheels", "/tmp", "--index-url", "https://x/simple"], "asks no index"),
+        (["--cpu", "--wheels", "/usr/share", "--index-url", "https://x/simple"], "asks no index"),
         (["--cpu", "--index-url", "x"], "no address of an index"),
         (["--cpu", "--lock", "/nonexistent"], "--lock /nonexistent"),
     ],

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -192,6 +193,15 @@ class TestTorch:
         assert "cannot import torch" in gpu.torch_failure(self.engine(python, "exit 1"), 10)
         assert "cannot be executed" in gpu.torch_failure(str(python.parent / "absent"), 10)
         assert "not known" in gpu.torch_failure("", 10)
+
+    def test_root_runs_what_another_account_owns_with_that_one_s_rights(self) -> None:
+        need(os.geteuid() == 0, "root")
+        with tempfile.TemporaryDirectory(dir="/tmp") as name:
+            Path(name).chmod(0o755)
+            python = Path(name, "python3")
+            self.engine(python, "[ $(/usr/bin/id -u) = 54321 ] && [ $(/usr/bin/id -G) = 54321 ] && echo cuda")
+            os.chown(name, 54321, 54321)
+            assert gpu.torch_failure(str(python), 10) == ""
 
     def test_a_python_without_torch_fails_for_real(self) -> None:
         assert "cannot import torch" in gpu.torch_failure(sys.executable, 30)

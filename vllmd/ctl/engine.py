@@ -15,6 +15,7 @@ from vllmd.config.paths import Paths
 from vllmd.config.values import printable
 from vllmd.ctl import engine_fit as fit
 from vllmd.ctl import engine_list as listing
+from vllmd.ctl import engine_trust as trust
 from vllmd.engines import build, choice, install, locks, remove, verify
 from vllmd.errors import Status, UsageError, VllmdError
 from vllmd.models.amounts import size
@@ -86,6 +87,7 @@ def main(argv: list[str], paths: Paths) -> int:
 
 def _install(arguments: argparse.Namespace, paths: Paths) -> int:
     request = _request(arguments)
+    trust.refuse(paths, request)
     if not arguments.anyway:
         fit.refuse_variant(request.variant)
     # A closed terminal ends it like Ctrl-C, unless nohup says otherwise.

@@ -27,6 +27,9 @@ _CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 """Their wheels are CUDA builds, which the CPU build of torch cannot load: transformers then fails to import them."""
 
 PY_SPY = "py-spy"
+ISOLATED = ("-I",)
+"""`-m` and `-c` look for modules in the current directory first: with root in /var/lib/vllmd, a venv.py or pip.py of the service's
+would have run as root."""
 _PYTHON_PROBE = "import sys, venv, ensurepip; print(*sys.version_info[:2])"
 _WORTH_SAYING = re.compile(
     r"^\s*(Collecting|Downloading .*\((\d{2,} MB|\d+(\.\d+)? GB)|Installing collected|Successfully (un)?installed|ERROR|Building)"
@@ -74,7 +77,7 @@ def fits(python: str) -> bool:
     """Whether an engine can be built with this program."""
     try:
         answer = subprocess.run(
-            [python, "-c", _PYTHON_PROBE], capture_output=True, text=True, timeout=30, check=True
+            [python, *ISOLATED, "-c", _PYTHON_PROBE], capture_output=True, text=True, timeout=30, check=True
         ).stdout
         major, minor = (int(part) for part in answer.split())
     except (OSError, subprocess.SubprocessError, ValueError):
@@ -86,7 +89,7 @@ def environment(directory: Path, recipe: Recipe, say: Say) -> Record:
     """Builds the engine in an empty directory; EngineFailed with the last lines of whatever failed."""
     name = package(recipe.variant)
     say(f"making a virtual environment for {name} {recipe.version}")
-    _run([recipe.python, "-m", "venv", str(directory)], say, "the virtual environment could not be made")
+    _run([recipe.python, *ISOLATED, "-m", "venv", str(directory)], say, "the virtual environment could not be made")
     python = directory / "bin/python3"
     _install(directory, python, recipe, say)
     if recipe.variant == "cpu":
@@ -131,7 +134,7 @@ def _add_py_spy(directory: Path, python: Path, recipe: Recipe, say: Say) -> bool
 
 
 def _pip(python: Path) -> list[str]:
-    return [str(python), "-m", "pip", "--no-input", "--disable-pip-version-check", "--no-color"]
+    return [str(python), *ISOLATED, "-m", "pip", "--no-input", "--disable-pip-version-check", "--no-color"]
 
 
 def _index(recipe: Recipe) -> dict[str, str]:
@@ -157,7 +160,7 @@ def _fix_cpu_build(directory: Path, python: Path, version: str, say: Say) -> Non
 
 
 def _inspected(directory: Path, python: Path, recipe: Recipe) -> Record:
-    command = [str(python), "-I", str(_INSPECTOR)]
+    command = [str(python), *ISOLATED, str(_INSPECTOR)]
     env = {
         **_clean_environment(),
         "HOME": str(directory),

@@ -51,7 +51,7 @@ def child_environ(environ: Mapping[str, str], settings: Model) -> dict[str, str]
 def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
     try:
         return subprocess.Popen(
-            [sys.executable, "-m", "vllmd.models.fetch"],
+            [sys.executable, "-P", "-m", "vllmd.models.fetch"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=dict(environ),

@@ -10,6 +10,9 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from vllmd.system import owner
 
 _OUTPUT_LIMIT = 1 << 20
 _REAP_S = 1.0
@@ -39,12 +42,13 @@ class Outcome:
     status: int | None
 
 
-def run(argv: Sequence[str], *, timeout_s: float, environ: Mapping[str, str]) -> Outcome:
+def run(argv: Sequence[str], *, timeout_s: float, environ: Mapping[str, str], owned: bool = False) -> Outcome:
     """Run the program in a session of its own. At the deadline the whole session is killed, and waited for no longer
-    than a second. OSError when it cannot be executed."""
+    than a second. `owned`: root runs it as whoever could have written it. OSError when it cannot be executed."""
     deadline = time.monotonic() + timeout_s
+    rights = owner.rights(Path(argv[0])) if owned else {}
     child = subprocess.Popen(
-        list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=dict(environ), start_new_session=True
+        list(argv), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=dict(environ), start_new_session=True, **rights
     )
     _running.add(child.pid)
     try:

@@ -209,7 +209,7 @@ def torch_failure(python: str, timeout_s: float) -> str:
     script = "import torch; print('cuda' if torch.cuda.is_available() else 'no CUDA')"
     environ = _environ() | {k: os.environ[k] for k in ("CUDA_VISIBLE_DEVICES",) if k in os.environ}
     try:
-        outcome = child.run([python, "-I", "-c", script], timeout_s=timeout_s, environ=environ)
+        outcome = child.run([python, "-I", "-c", script], timeout_s=timeout_s, environ=environ, owned=True)
     except OSError as error:
         return f"the engine's Python {python} cannot be executed: {error.strerror}"
     if outcome.timed_out:

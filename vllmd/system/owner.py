@@ -11,6 +11,7 @@ import pwd
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -49,6 +50,15 @@ def controller(path: Path) -> int:
             if owner != 0:
                 return owner
     return 0
+
+
+def rights(path: Path) -> dict[str, Any]:
+    """For subprocess, where root runs a program: as whoever controls it, who would otherwise be root from then on. OSError."""
+    user = controller(path) if os.geteuid() == 0 else 0
+    if user == 0:
+        return {}
+    group, groups = _groups(user)
+    return {"user": user, "group": group, "extra_groups": groups}
 
 
 def _groups(user: int) -> tuple[int, list[int]]:

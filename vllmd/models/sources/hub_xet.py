@@ -86,7 +86,7 @@ def _order(transport: HubTransport, files: Mapping[str, RemoteFile], stage: Stag
 def _child(order: bytes, home: Path, environ: Mapping[str, str]) -> Any:
     """Its stdin stays open: it ends when that ends, so it outlives nobody."""
     home.mkdir(mode=0o700, exist_ok=True)
-    command = [sys.executable, "-m", "vllmd.models.sources.hub_xet"]
+    command = [sys.executable, "-P", "-m", "vllmd.models.sources.hub_xet"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=_environ(home, environ))
     try:
         assert child.stdin is not None
