@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import grp
 import io
 import json
 import os
+import pwd
 import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +20,11 @@ import yaml
 
 from tests import publishing
 from tests.component.daemons import quick, stop
+from tests.needs import need
+from vllmd.config.paths import root_paths
+from vllmd.ctl import backup_archive as archive
+from vllmd.ctl import backup_places as places
+from vllmd.errors import UsageError
 
 pytestmark = pytest.mark.component
 
@@ -194,3 +203,91 @@ def test_who_may_not_read_is_told_so(root: Path) -> None:
     assert run(root, "restore", root / "absent.tar").returncode == 64
     if os.geteuid() == 0:
         assert run(root, "create", "-o", "/proc/none/x.tar").returncode == 74
+
+
+def test_who_may_read_a_configuration_may_read_it_again(root: Path, tmp_path: Path) -> None:
+    """docs/security.md: a secret in NAME.yaml is for root and the service's group. It came back for root alone, and no instance started."""
+    need(os.geteuid() == 0, "root")
+    service, other = pwd.getpwnam("nobody"), grp.getgrnam("daemon")
+    for each in (root / "lib", root / "lib/instances"):
+        os.chown(each, service.pw_uid, service.pw_gid)
+    os.chown(root / "etc/demo.yaml", 0, service.pw_gid)
+    (root / "etc/demo.yaml").chmod(0o640)
+    os.chown(root / "etc/demo.d/10-more.yaml", service.pw_uid, other.gr_gid)
+    os.chown(root / "etc/vllmd.yaml", pwd.getpwnam("daemon").pw_uid, 0)
+    backup = created(root)
+    new = tmp_path / "new"
+    (new / "lib").mkdir(parents=True)
+    os.chown(new / "lib", service.pw_uid, service.pw_gid)
+    before = os.umask(0o077)
+    try:
+        assert run(new, "restore", backup).returncode == 0
+    finally:
+        os.umask(before)
+    found = {name: ((new / name).stat().st_uid, (new / name).stat().st_gid, (new / name).stat().st_mode & 0o777) for name in ("etc/demo.yaml", "etc/demo.d", "etc/demo.d/10-more.yaml", "etc/vllmd.yaml")}
+    assert found == {
+        "etc/demo.yaml": (0, service.pw_gid, 0o640),
+        "etc/demo.d": (0, 0, 0o755),
+        "etc/demo.d/10-more.yaml": (service.pw_uid, other.gr_gid, 0o644),
+        "etc/vllmd.yaml": (0, 0, 0o644),  # nobody but root and the service may write there
+    }
+
+
+def test_whatever_the_service_leaves_in_its_state_a_backup_can_be_made_and_read(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stray file ended every backup, and enough of them made one that could not be restored."""
+    instances = root / "lib/instances"
+    (instances / "stray").write_text("x")
+    (instances / "aaa").symlink_to("/etc")
+    for name in ("abc", "zzz"):
+        (instances / name / "generations").mkdir(parents=True)
+        for number in range(300):
+            (instances / name / f"generations/{number:05}.json").write_text("x" * 1000)
+    monkeypatch.setattr(places, "STATE_FILES", 100)
+    said: list[str] = []
+    found = places.gathered(root_paths(root), secrets=True, say=said.append)
+    assert {"instances/demo/keys.json", "instances/demo/generations/00001.json", "instances/abc/generations/00299.json"} <= set(found)
+    assert "instances/abc/generations/00100.json" not in found
+    assert [sum(name.startswith("instances/") for name in found), "more than a backup takes" in said[-1]] == [100, True]
+    archive.write(tmp_path / "x.tar", archive.Backup("now", "1", True, found))
+    assert archive.read(tmp_path / "x.tar").entries == found
+
+
+def test_the_largest_backup_that_is_made_can_be_read_and_a_larger_one_is_not_made(tmp_path: Path) -> None:
+    entries = {f"etc/{'x' * 190}{number:05}.d/{'y' * 190}.yaml": archive.Entry(0o644, b"") for number in range(archive.FILES)}
+    backup = archive.Backup("now", "1", True, entries)
+    archive.write(tmp_path / "x.tar", backup)
+    assert len(archive.read(tmp_path / "x.tar").entries) == archive.FILES
+    with pytest.raises(UsageError, match="more than a backup takes"):
+        archive.write(tmp_path / "y.tar", replace(backup, entries={**entries, "etc/more.yaml": archive.Entry(0o644, b"")}))
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_a_disk_without_hard_links_takes_a_backup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A USB disk, a share: link(2) is EPERM there."""
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    backup = archive.Backup("now", "1", True, {"etc/a.yaml": archive.Entry(0o644, b"a")})
+    archive.write(tmp_path / "x.tar", backup)
+    assert archive.read(tmp_path / "x.tar").entries == backup.entries
+    with pytest.raises(UsageError, match="exists already"):
+        archive.write(tmp_path / "x.tar", backup)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.tar"]
+
+
+def test_a_configuration_that_is_a_link_is_in_the_backup(root: Path, tmp_path: Path) -> None:
+    """A start follows it, and so does what a rollback keeps; of a backup only a note said that it was not in there."""
+    (tmp_path / "managed/more.d").mkdir(parents=True)
+    (tmp_path / "managed/linked.yaml").write_text("model: acme/Linked\n")
+    (tmp_path / "managed/more.d/1.yaml").write_text("log: {level: debug}\n")
+    (root / "etc/linked.yaml").symlink_to(tmp_path / "managed/linked.yaml")
+    (root / "etc/linked.d").symlink_to(tmp_path / "managed/more.d")
+    (root / "etc/loop.d").symlink_to(root / "etc")
+    (root / "etc/gone.yaml").symlink_to(tmp_path / "nowhere")
+    done = run(root, "create")
+    assert "gone.yaml is left out: it leads nowhere" in done.stderr
+    assert run(tmp_path / "new", "restore", done.stdout.strip()).returncode == 0
+    assert (tmp_path / "new/etc/linked.yaml").read_text() == "model: acme/Linked\n"
+    assert (tmp_path / "new/etc/linked.d/1.yaml").is_file()

@@ -5,6 +5,7 @@ It is read whole and checked before anything of it is used: it may come from any
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from vllmd.system.files import storage_error
 
 LIST = "vllmd-backup.json"
 SCHEMA = 1
-FILE_BYTES, ALL_BYTES, FILES = 4 << 20, 256 << 20, 20_000
+FILE_BYTES, LIST_BYTES, ALL_BYTES, FILES = 4 << 20, 16 << 20, 256 << 20, 20_000
 _PART = r"(?!\.\.?(?:/|$))[A-Za-z0-9._@+-]{1,200}"
 _NAME = re.compile(rf"etc(?:/{_PART}){{1,5}}|default/vllmd|credstore(?:\.encrypted)?/vllmd\.[A-Za-z0-9._@+-]{{1,200}}|instances/[a-z0-9][a-z0-9._-]{{0,47}}/(?:keys\.json|generations/[0-9]{{1,9}}\.json)")
 _HINT = "It is no backup of vllmd, or was damaged: take another one (`vllmctl backup list`)."
@@ -31,10 +32,13 @@ _HINT = "It is no backup of vllmd, or was damaged: take another one (`vllmctl ba
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One file: its permission bits and bytes. Whose it is follows from where it goes."""
+    """One file: its permission bits and bytes. Whose it is follows from where it goes; of a configuration it is also said by name,
+    where that is not root: one with a secret in it is often for the service's group alone."""
 
     mode: int
     content: bytes
+    owner: str = ""
+    group: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,24 +63,47 @@ def is_name(name: str) -> bool:
 
 
 def write(path: Path, backup: Backup) -> None:
-    """A new file of mode 0600. StorageFailed; UsageError where it exists."""
-    listed = [{"name": name, "size": len(each.content), "mode": each.mode, "sha256": hashlib.sha256(each.content).hexdigest()} for name, each in backup.entries.items()]
-    head = {"schema": SCHEMA, "created_at": backup.created_at, "version": backup.version, "secrets": backup.has_secrets, "models": list(backup.models), "files": listed}
+    """A new file of mode 0600, which `read` takes. StorageFailed; UsageError where it exists, or where it would be too large."""
+    listed = [_line(name, each) for name, each in backup.entries.items()]
+    words = {"schema": SCHEMA, "created_at": backup.created_at, "version": backup.version, "secrets": backup.has_secrets, "models": list(backup.models), "files": listed}
+    head = (json.dumps(words, indent=1) + "\n").encode()
+    if len(listed) > FILES or len(head) > LIST_BYTES or sum(len(each.content) for each in backup.entries.values()) > ALL_BYTES:
+        raise UsageError("backup_too_large", f"{len(listed)} files are more than a backup takes", f"{FILES} files of {ALL_BYTES >> 20} MiB together; what lies there that is no configuration?")
     temporary = path.with_name(f".{path.name[:100]}.{os.urandom(6).hex()}.part")
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600), "wb") as stream:
-            for name, content in ((LIST, (json.dumps(head, indent=1) + "\n").encode()), *((name, each.content) for name, each in backup.entries.items())):
+            for name, content in ((LIST, head), *((name, each.content) for name, each in backup.entries.items())):
                 stream.write(tarstream.header(name, len(content)) + content + tarstream.padding(len(content)))
             stream.write(tarstream.END)
             stream.flush()
             os.fsync(stream.fileno())
-        os.link(temporary, path)
+        _publish(temporary, path)
     except FileExistsError:
         raise UsageError("backup_exists", f"{path} exists already", "give another name") from None
     except OSError as error:
         raise storage_error(error, f"write {path}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _line(name: str, each: Entry) -> dict[str, Any]:
+    whose = {key: value for key, value in (("owner", each.owner), ("group", each.group)) if value}
+    return {"name": name, "size": len(each.content), "mode": each.mode, "sha256": hashlib.sha256(each.content).hexdigest(), **whose}
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Under its name, never over another file. OSError."""
+    try:
+        os.link(temporary, path)
+    except (PermissionError, NotImplementedError) as error:  # a USB disk or a share, whose file system has no hard links
+        if os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        temporary.rename(path)
+    descriptor = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read(path: Path) -> Backup:
@@ -114,7 +141,7 @@ def _parse(path: Path, reader: Reader) -> Backup:
             raise _damaged(path, f"{name} is not what was written")
         if total > ALL_BYTES:
             raise _damaged(path, "is larger than any backup")
-        entries[name] = Entry(mode & 0o755 & ~0o111, content)
+        entries[name] = Entry(mode & 0o755 & ~0o111, content, _text(each, "owner"), _text(each, "group"))
     if reader.next() is not None:
         raise _damaged(path, "holds more than it lists")
     models = head.get("models")
@@ -127,7 +154,7 @@ def _head(path: Path, reader: Reader) -> dict[str, Any]:
     if member is None or member.name != LIST:
         raise _damaged(path, f"does not begin with {LIST}")
     try:
-        head = json.loads(_taken(path, reader, member.size, LIST))
+        head = json.loads(_taken(path, reader, member.size, LIST, LIST_BYTES))
     except (ValueError, RecursionError):
         head = None
     if not isinstance(head, dict) or head.get("schema") != SCHEMA:
@@ -135,9 +162,9 @@ def _head(path: Path, reader: Reader) -> dict[str, Any]:
     return head
 
 
-def _taken(path: Path, reader: Reader, size: int, name: str) -> bytes:
-    if size > FILE_BYTES:
-        raise _damaged(path, f"{name} is larger than {FILE_BYTES >> 20} MiB")
+def _taken(path: Path, reader: Reader, size: int, name: str, limit_bytes: int = FILE_BYTES) -> bytes:
+    if size > limit_bytes:
+        raise _damaged(path, f"{name} is larger than {limit_bytes >> 20} MiB")
     content = b""
     while len(content) < size:
         content += reader.take(size - len(content))

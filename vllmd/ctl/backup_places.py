@@ -6,9 +6,13 @@ Directories below the state belong to the service's account, and root reads and 
 from __future__ import annotations
 
 import contextlib
+import errno
+import grp
 import os
+import pwd
 import stat
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +32,9 @@ Say = Callable[[str], None]
 CREDENTIALS = {"credstore": Path("/etc/credstore"), "credstore.encrypted": Path("/etc/credstore.encrypted")}
 _STRIPPED = "# Written by `vllmctl backup create --without-secrets`: secret settings and comments are not here.\n"
 DEFAULTS = Path("/etc/default/vllmd")
+_DEEPEST = 4
+STATE_BYTES, STATE_FILES = 128 << 20, 10_000
+"""Of what is in a backup, as much may be of the service's writing."""
 
 
 def directory_of(paths: Paths) -> Path:
@@ -50,23 +57,26 @@ def gathered(paths: Paths, *, secrets: bool, say: Say) -> dict[str, Entry]:
 
 
 def _configuration(paths: Paths, say: Say) -> Iterator[tuple[str, Entry]]:
-    for folder, folders, names in os.walk(paths.config):
-        folders.sort()
+    """Links are an administrator's right here, as for a start; what comes back is a plain file."""
+    for folder, folders, names in os.walk(paths.config, followlinks=True):
         relative = Path(folder).relative_to(paths.config)
-        yield from _below("/".join(("etc", *relative.parts)), Path(folder), sorted(names), say)
+        folders[:] = sorted(folders) if len(relative.parts) < _DEEPEST else []
+        yield from _below("/".join(("etc", *relative.parts)), Path(folder), sorted(names), say, follows=True)
 
 
-def _below(top: str, folder: Path, names: tuple[str, ...] | list[str], say: Say) -> Iterator[tuple[str, Entry]]:
+def _below(top: str, folder: Path, names: tuple[str, ...] | list[str], say: Say, *, follows: bool = False) -> Iterator[tuple[str, Entry]]:
     for each in names:
         name, path = f"{top}/{each}", folder / each
         if not is_name(name):
             say(f"{path} is left out: no name that a backup takes")
             continue
         try:
-            with open(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
+            with open(os.open(path, os.O_RDONLY | (0 if follows else os.O_NOFOLLOW) | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
                 about = os.fstat(stream.fileno())
                 content = stream.read(FILE_BYTES + 1) if stat.S_ISREG(about.st_mode) else None
         except FileNotFoundError:
+            if path.is_symlink():
+                say(f"{path} is left out: it leads nowhere")
             continue
         except PermissionError as error:
             raise storage_error(error, f"read {path}") from error
@@ -75,7 +85,28 @@ def _below(top: str, folder: Path, names: tuple[str, ...] | list[str], say: Say)
         if content is None or len(content) > FILE_BYTES:
             say(f"{path} is left out: {'larger than 4 MiB' if content else 'no plain file'}")
             continue
-        yield name, Entry(stat.S_IMODE(about.st_mode) & 0o644, content)
+        yield name, Entry(stat.S_IMODE(about.st_mode) & 0o644, content, *(_names_of(about) if top.startswith("etc") else ("", "")))
+
+
+def _names_of(about: os.stat_result) -> tuple[str, str]:
+    """Owner and group by name, '' for root's."""
+    owner = group = ""
+    with contextlib.suppress(KeyError):
+        owner = pwd.getpwuid(about.st_uid).pw_name if about.st_uid else ""
+    with contextlib.suppress(KeyError):
+        group = grp.getgrgid(about.st_gid).gr_name if about.st_gid else ""
+    return owner, group
+
+
+def _ids(paths: Paths, each: Entry) -> tuple[int, int]:
+    """-1 for who is not here. A group may only read what is put back, so any will do; an owner could write, so it is the service or root."""
+    user = group = -1
+    with contextlib.suppress(KeyError, OSError):
+        found = pwd.getpwnam(each.owner).pw_uid
+        user = found if found == paths.state.stat().st_uid else -1
+    with contextlib.suppress(KeyError):
+        group = grp.getgrnam(each.group).gr_gid
+    return user, group
 
 
 def _without_secrets(paths: Paths, say: Say) -> Iterator[tuple[str, Entry]]:
@@ -96,7 +127,7 @@ def _without_secrets(paths: Paths, say: Say) -> Iterator[tuple[str, Entry]]:
         if parts[1] == FILES_FOLDER or not entry.endswith(".yaml") or owner in bad or (len(parts) > 2 and not parts[1].endswith(".d")):
             continue
         text = yaml.safe_dump(_stripped(yaml.safe_load(each.content), tuple(hidden)), sort_keys=False, allow_unicode=True)
-        yield entry, Entry(each.mode, (_STRIPPED + text).encode())
+        yield entry, replace(each, content=(_STRIPPED + text).encode())
 
 
 def _stripped(value: Any, hidden: tuple[str, ...]) -> Any:
@@ -109,32 +140,51 @@ def _stripped(value: Any, hidden: tuple[str, ...]) -> Any:
 
 
 def _instances(paths: Paths, *, secrets: bool, say: Say) -> Iterator[tuple[str, Entry]]:
-    for instance in _names(paths.state, "instances"):
-        for names, file in [((), "keys.json")] * secrets + [(("generations",), each) for each in _names(paths.state, "instances", instance, "generations")]:
-            entry = "/".join(("instances", instance, *names, file))
-            if not is_name(entry):
-                continue
-            try:
-                with Folder.open(paths.state, "instances", instance, *names) as folder:
-                    content = folder.read(file, FILE_BYTES)
-            except FileNotFoundError:
-                continue
-            except PermissionError as error:
-                raise storage_error(error, f"read {paths.state / entry}") from error
-            except OSError as error:
-                say(f"{paths.state / entry} is left out: {error.strerror}")
-                continue
-            if content is not None:
-                yield entry, Entry(0o600 if file == "keys.json" else 0o644, content)
+    """As long as there is room: the service's account writes these, and must not keep the rest out of a backup."""
+    left_bytes, left = STATE_BYTES, STATE_FILES
+    for entry in _wanted(paths, say, secrets=secrets):
+        *names, file = entry.split("/")
+        try:
+            with Folder.open(paths.state, *names) as folder:
+                content = folder.read(file, FILE_BYTES)
+        except FileNotFoundError:
+            continue
+        except PermissionError as error:
+            raise storage_error(error, f"read {paths.state / entry}") from error
+        except OSError as error:
+            say(f"{paths.state / entry} is left out: {error.strerror}")
+            continue
+        if content is None:
+            continue
+        left, left_bytes = left - 1, left_bytes - len(content)
+        if left < 0 or left_bytes < 0:
+            say(f"{paths.state / entry} and what comes after it is left out: it is more than a backup takes")
+            return
+        yield entry, Entry(0o600 if file == "keys.json" else 0o644, content)
 
 
-def _names(root: Path, *names: str) -> list[str]:
+def _wanted(paths: Paths, say: Say, *, secrets: bool) -> Iterator[str]:
+    """Of what is configured before the rest; keys before generations, and of these the newest first."""
+    all_of_them = _names(say, paths.state, "instances")
+    configured = {name for name in all_of_them if paths.instance_config(name).exists()}
+    for group in (sorted(configured), [name for name in all_of_them if name not in configured]):
+        found = [f"instances/{name}/keys.json" for name in group if secrets]
+        for name in group:
+            found += [f"instances/{name}/generations/{each}" for each in sorted(_names(say, paths.state, "instances", name, "generations"), reverse=True)]
+        yield from filter(is_name, found)
+
+
+def _names(say: Say, root: Path, *names: str) -> list[str]:
+    """What is no directory has none: one stray file of the service's must not be the end of every backup."""
     try:
         with Folder.open(root, *names) as folder:
             return sorted(folder.names())[:10_000]
     except FileNotFoundError:
         return []
     except OSError as error:
+        if error.errno in (errno.ENOTDIR, errno.ELOOP):
+            say(f"{root.joinpath(*names)} is left out: no directory")
+            return []
         raise storage_error(error, f"read {root.joinpath(*names)}") from error
 
 
@@ -176,7 +226,8 @@ def put_back(paths: Paths, entries: Mapping[str, Entry]) -> None:
         try:
             if root in CREDENTIALS.values():
                 root.mkdir(mode=0o700, exist_ok=True)
+            whose = _ids(paths, each) if name.startswith("etc/") else (-1, -1)
             with Folder.open(root, *names, make=True) as folder:
-                folder.write(file, each.content, 0o600 if root in CREDENTIALS.values() else each.mode)
+                folder.write(file, each.content, 0o600 if root in CREDENTIALS.values() else each.mode, whose)
         except OSError as error:
             raise storage_error(error, f"write {root.joinpath(*names, file)}") from error

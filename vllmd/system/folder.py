@@ -94,15 +94,16 @@ class Folder:
             raise OSError(errno.EFBIG, f"larger than {limit_bytes} bytes", str(self.path / name))
         return content
 
-    def write(self, name: str, content: str | bytes, mode: int) -> None:
-        """As system/files.write_atomic: the old content or the new; whatever has the name is replaced, never followed."""
+    def write(self, name: str, content: str | bytes, mode: int, whose: tuple[int, int] = (-1, -1)) -> None:
+        """As system/files.write_atomic: the old content or the new; whatever has the name is replaced, never followed. `whose`: user and
+        group for root to give it to, -1 for those of the directory."""
         temporary = f".{name}.{os.urandom(6).hex()}.tmp"
         try:
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600, dir_fd=self._fd)
             with open(descriptor, "wb") as stream:
                 stream.write(content.encode() if isinstance(content, str) else content)
                 stream.flush()
-                self._own(descriptor)
+                self._own(descriptor, whose)
                 os.fchmod(descriptor, mode)
                 os.fsync(descriptor)
             os.replace(temporary, name, src_dir_fd=self._fd, dst_dir_fd=self._fd)
@@ -128,11 +129,12 @@ class Folder:
             return False
         return True
 
-    def _own(self, descriptor: int) -> None:
+    def _own(self, descriptor: int, whose: tuple[int, int]) -> None:
         """Owner and group of the directory. Who is not root may give the group only where it is a member: then it stays as made."""
         about = os.fstat(self._fd)
         if os.geteuid() == 0:
-            os.fchown(descriptor, about.st_uid, about.st_gid)
+            user, group = whose
+            os.fchown(descriptor, about.st_uid if user < 0 else user, about.st_gid if group < 0 else group)
         elif os.fstat(descriptor).st_gid != about.st_gid:
             with contextlib.suppress(PermissionError):
                 os.fchown(descriptor, -1, about.st_gid)
@@ -149,4 +151,5 @@ def _step(above: int, name: str, *, make: bool) -> int:
         # By descriptor: by name it could by now be a hard link to somebody else's file. No directory can be one.
         about = os.fstat(above)
         os.fchown(descriptor, about.st_uid, about.st_gid)
+        os.fchmod(descriptor, 0o755)  # with root's umask at 077 neither the service nor dependents could look into it
     return descriptor
