@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socketserver
 import stat
 import subprocess
 import sys
@@ -382,3 +383,56 @@ def test_an_instance_that_is_none_gets_no_keys(tmp_path: Path) -> None:
     assert (code, out) == (64, "")
     assert "nobody" in said
     assert not (tmp_path / "lib").exists()
+
+
+def test_nothing_that_the_service_wrote_reaches_the_terminal_of_root_as_it_is(tmp_path: Path) -> None:
+    state = tmp_path / "lib/instances/demo"
+    state.mkdir(parents=True)
+    (state / "keys.json").write_text(json.dumps({"schema": 1, "keys": [{"name": "default", "key": "a" * 22, "made": "\x1b[2J\nx" + "y" * 999}]}))
+    status, said, _ = vllmctl(tmp_path, "list", "demo")
+    assert (status, "\x1b" in said, len(said.splitlines())) == (0, False, 2)
+    runtime = tmp_path / "run/i/demo"
+    runtime.mkdir(parents=True)
+    with socketserver.UnixStreamServer(str(runtime / "control.sock"), Forger) as server:
+        thread = threading.Thread(target=server.handle_request)
+        thread.start()
+        _, _, said = vllmctl(tmp_path, "add", "demo", "web")
+        thread.join(10)
+    assert "evil" in said
+    assert "\x1b" not in said
+
+
+class Forger(socketserver.StreamRequestHandler):
+    """A supervisor whose words are for a terminal."""
+
+    def handle(self) -> None:
+        length = 0
+        while (line := self.rfile.readline()) not in (b"\r\n", b""):
+            length = int(line.partition(b":")[2]) if line.lower().startswith(b"content-length") else length
+        self.rfile.read(length)
+        body = json.dumps({"error": "\x1b[31mevil"}).encode()
+        self.wfile.write(b"HTTP/1.1 409 x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%s" % (len(body), body))
+
+
+def test_directories_that_root_makes_can_be_looked_into_whatever_its_umask_is(tmp_path: Path) -> None:
+    need(os.geteuid() == 0, "root")
+    (tmp_path / "lib").mkdir()
+    os.chown(tmp_path / "lib", NOBODY, NOBODY)
+    before = os.umask(0o077)
+    try:
+        assert vllmctl(tmp_path, "add", "demo", "default")[0] == 64  # no configuration yet
+        (tmp_path / "etc").mkdir()
+        (tmp_path / "etc/demo.yaml").write_text("")
+        assert vllmctl(tmp_path, "add", "demo", "default")[0] == 0
+    finally:
+        os.umask(before)
+    for name in ("public", "public/demo"):
+        assert stat.S_IMODE((tmp_path / "lib" / name).stat().st_mode) == 0o755
+
+
+def test_the_plain_credentials_come_back_when_their_link_was_removed(tmp_path: Path) -> None:
+    paths = root_paths(tmp_path)
+    keys.ensure(paths, "demo", wanted=True)
+    (paths.state / "public/credentials.json").unlink()
+    keys.ensure(paths, "demo", wanted=True)
+    assert (paths.state / "public/credentials.json").resolve() == paths.state / "public/demo/credentials.json"

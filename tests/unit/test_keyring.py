@@ -82,7 +82,7 @@ KEYS = st.builds(
     st.from_regex(r"[a-z0-9][a-z0-9._-]{0,20}", fullmatch=True),
     st.from_regex(r"[!-~]{8,40}", fullmatch=True),
     st.text(max_size=30),
-    st.none() | st.floats(allow_nan=False, allow_infinity=False),
+    st.none() | st.floats(0, keyring.LATEST),
 )
 
 
@@ -125,3 +125,10 @@ def test_a_file_that_is_none_is_refused_without_showing_a_key(document: Any) -> 
 
 def test_credentials_have_the_documented_shape() -> None:
     assert json.loads(keyring.credentials("value")) == {"apiKey": "value"}
+
+
+@pytest.mark.parametrize("until", ["1e300", "1" + "0" * 400, "NaN", "-1", "true"])
+def test_an_end_that_no_clock_can_show_is_refused(until: str) -> None:
+    """The service's account writes the file, and root reads it: once both ended in a traceback, the supervisor's start too."""
+    with pytest.raises(ValueError, match="until is no time"):
+        keyring.parse(f'{{"schema": 1, "keys": [{{"name": "a", "key": "abcdefgh", "until": {until}}}]}}'.encode())

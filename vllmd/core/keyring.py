@@ -7,7 +7,6 @@ the old one valid for a while under another name.
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -20,6 +19,8 @@ DEFAULT = "default"
 SCHEMA = 1
 KEYS_MAX = 1000
 FILE_MAX_BYTES = 1 << 20
+LATEST = 253_402_300_799
+"""The end of the year 9999, which is as far as a date can be shown."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,47}", re.ASCII)
 _VALUE = re.compile(r"[!-~]{8,512}")
@@ -132,7 +133,7 @@ def _key(number: int, item: Any) -> Key:
         raise ValueError(f"{where}.name is no name of a key")
     if not isinstance(value, str) or not _VALUE.fullmatch(value):
         raise ValueError(f"{where}.key has not 8 to 512 printable ASCII characters")
-    if until is not None and (isinstance(until, bool) or not isinstance(until, int | float) or not math.isfinite(until)):
+    if until is not None and (isinstance(until, bool) or not isinstance(until, int | float) or not 0 <= until <= LATEST):
         raise ValueError(f"{where}.until is no time")
     return Key(name, value, made if isinstance(made, str) else "", until)
 

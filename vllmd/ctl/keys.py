@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 
 from vllmd.commandline import Parser
 from vllmd.config.paths import Paths
+from vllmd.config.values import printable
 from vllmd.core import keyring
 from vllmd.core.keyring import DEFAULT, Key, Ring
 from vllmd.ctl import control
@@ -85,7 +86,7 @@ def _show(paths: Paths, name: str, options: argparse.Namespace) -> int:
 
 def _list(paths: Paths, name: str, _options: argparse.Namespace) -> int:
     ring, now = keys.read(paths, name).ring, time.time()
-    rows = [("NAME", "KEY", "MADE", "HOLDS UNTIL"), *((key.name, keyring.masked(key.value), key.made or "-", _until(key, now)) for key in ring.keys)]
+    rows = [("NAME", "KEY", "MADE", "HOLDS UNTIL"), *((key.name, keyring.masked(key.value), printable(key.made)[:40].replace("\n", " ") or "-", _until(key, now)) for key in ring.keys)]
     wide = [max(len(row[column]) for row in rows) for column in range(3)]
     for first, second, third, last in rows:
         sys.stdout.write(f"{first:<{wide[0]}}  {second:<{wide[1]}}  {third:<{wide[2]}}  {last}\n")
@@ -156,7 +157,8 @@ def _told(paths: Paths, name: str, held: Held, what: str) -> None:
         book = Journal({"VLLMD_INSTANCE": name})
         book.event("keys-changed", f"{what} (by {who})", priority=5, uid=os.getuid())
         book.close()
-    sys.stderr.write(f"{what}. {_taken(paths, name, held.mark)}\n")
+    # The running instance's own words: of the service's account, on root's terminal.
+    sys.stderr.write(printable(f"{what}. {_taken(paths, name, held.mark)}") + "\n")
 
 
 def _taken(paths: Paths, name: str, mark: str) -> str:

@@ -103,10 +103,11 @@ def _publish(paths: Paths, instance: str, key: Key | None) -> None:
         return
     content = keyring.credentials(key.value)
     with Folder.open(paths.state, "public", instance, make=True) as own:
+        is_there = False
         with suppress(OSError):  # a link or a directory in its place is replaced, or said by the write
-            if own.read(CREDENTIALS, 4096) == content.encode() and own.mode_of(CREDENTIALS) == CREDENTIALS_MODE:
-                return
-        own.write(CREDENTIALS, content, CREDENTIALS_MODE)
+            is_there = own.read(CREDENTIALS, 4096) == content.encode() and own.mode_of(CREDENTIALS) == CREDENTIALS_MODE
+        if not is_there:
+            own.write(CREDENTIALS, content, CREDENTIALS_MODE)
     with Folder.open(paths.state, "public", make=True) as public:
         public.link(CREDENTIALS, f"{instance}/{CREDENTIALS}")
 
