@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +17,8 @@ from tests import publishing
 from tests.component.daemons import quick
 from tests.harness import Instance
 from tests.procs import wait_until
+from vllmd.ctl import rollback
+from vllmd.errors import VllmdError
 from vllmd.instance import generations
 
 pytestmark = pytest.mark.component
@@ -183,6 +187,66 @@ def test_model_version_and_engine_of_a_generation_come_back(instance: Instance) 
     forged = instance.state / generations.FOLDER / "00003.json"
     forged.write_text(forged.read_text().replace('"vllm-0.32.0-fake"', '"../evil"'))
     assert "not installed" in ctl(instance, "rollback", instance.name, "3", "--yes", status=78)
+
+
+def test_a_generation_with_pins_of_an_earlier_rollback_comes_back_with_all_of_them(instance: Instance) -> None:
+    """Its engine had to be pinned, and that replaced the pin of its model: generation 3 came back with the model of generation 2."""
+    store = instance.root / "lib/models"
+    store.mkdir(parents=True)
+    first = publishing.publish_version(store, 1)
+    instance.config["model"] = {"id": "acme/Tiny", "sources": ["local"]}
+    del instance.config["engine"]["executable"]
+    instance.write_config()
+    served(instance)
+    publishing.publish_version(store, 2)
+    served(instance)
+    ctl(instance, "rollback", instance.name, "1", "--yes")
+    served(instance)
+    assert records(instance)[2]["model"]["directory"] == str(first)
+    engines = instance.root / "engines"
+    shutil.copytree(engines / "vllm-0.32.0-fake", engines / "vllm-9-fake", symlinks=True)
+    (engines / "current").unlink()
+    (engines / "current").symlink_to("vllm-9-fake")
+    assert "pinned to vllm-0.32.0-fake" in ctl(instance, "rollback", instance.name, "3", "--yes")
+    served(instance)
+    last = records(instance)[-1]
+    assert (last["model"]["directory"], last["engine"]["directory"]) == (str(first), "vllm-0.32.0-fake")
+
+
+def test_a_rollback_that_was_cut_short_and_repeated_can_still_be_undone(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    etc = instance.root / "etc"
+    served(instance)
+    configure(instance, max_model_len=64)
+    drop_in = etc / f"{instance.name}.d/10-mine.yaml"
+    drop_in.parent.mkdir()
+    drop_in.write_text("log: {level: debug}\n")  # never ready: nothing else has it
+    (etc / f"{instance.name}.d/20-mine.yaml").write_text("log: {level: info}\n")
+    mine = (etc / f"{instance.name}.yaml").read_text()
+    monkeypatch.setattr(rollback, "write_atomic", fails)
+    with pytest.raises(VllmdError):
+        rollback.rollback(_paths(instance), instance.name, "1", rollback.Options(asks=False, restarts=False))
+    assert not drop_in.exists()
+    monkeypatch.undo()
+    ctl(instance, "rollback", instance.name, "1", "--yes", "--no-restart")
+    ctl(instance, "rollback", instance.name, "before", "--yes", "--no-restart")
+    assert (drop_in.read_text(), (etc / f"{instance.name}.yaml").read_text()) == ("log: {level: debug}\n", mine)
+
+
+def test_what_a_person_changed_after_a_rollback_was_cut_short_is_put_aside_too(instance: Instance, monkeypatch: pytest.MonkeyPatch) -> None:
+    served(instance)
+    configure(instance, max_model_len=64)
+    monkeypatch.setattr(rollback, "write_atomic", fails)
+    with pytest.raises(VllmdError):
+        rollback.rollback(_paths(instance), instance.name, "1", rollback.Options(asks=False, restarts=False))
+    monkeypatch.undo()
+    configure(instance, max_model_len=96)
+    ctl(instance, "rollback", instance.name, "1", "--yes", "--no-restart")
+    ctl(instance, "rollback", instance.name, "before", "--yes", "--no-restart")
+    assert "96" in (instance.root / f"etc/{instance.name}.yaml").read_text()
+
+
+def fails(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_only_as_many_are_kept_as_asked(instance: Instance) -> None:

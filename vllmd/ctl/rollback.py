@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from vllmd import stages
 from vllmd.config import layers, show
 from vllmd.config.layers import HOST_FILE
@@ -128,10 +130,20 @@ def _back(paths: Paths, instance: str, chosen: Generation, options: Options) -> 
         raise ConfigError("not_kept", what, f"choose another one: vllmctl generations {instance}")
     pins, told = _pins(paths, instance, chosen)
     if pins:
-        content = f"# Made by `vllmctl rollback {instance} {chosen.number}`. Remove it to follow the newest again.\n{json.dumps(pins, indent=1)}\n".encode()
+        pins = {**_own_pins(kept.get(f"{instance}.d/{DROP_IN}")), **pins}
+        content = f"# Made by `vllmctl rollback {instance} {chosen.number}`. Remove it to follow the newest again.\n{json.dumps(pins, indent=1, default=str)}\n".encode()
         owner = kept.get(f"{instance}.yaml") or next(iter(kept.values()))
         kept = {**kept, f"{instance}.d/{DROP_IN}": replace(owner, content=content)}
     return _way(paths, instance, f"generation {chosen.number}", kept, told, options)
+
+
+def _own_pins(drop_in: Kept | None) -> dict[str, Any]:
+    """What an earlier rollback had pinned when this generation was READY: its model stays pinned although only its engine must be, now."""
+    try:
+        found = yaml.safe_load(drop_in.content) if drop_in is not None else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _before(paths: Paths, instance: str, options: Options) -> Way:
@@ -229,8 +241,10 @@ def _confirmed(way: Way) -> bool:
 
 
 def _apply(paths: Paths, way: Way) -> None:
-    """What is replaced is put aside first, as `before`. OSError."""
-    generations.keep_files(paths, way.instance, keep=100, name=BEFORE)
+    """What is replaced is put aside first, as `before`; half of a rollback that was cut short is not worth that. OSError."""
+    if not generations.is_half_way(paths, way.instance):
+        generations.keep_files(paths, way.instance, keep=100, name=BEFORE)
+    generations.mark_begun(paths, way.instance, way.files)
     for name in way.changed:
         path = paths.config / name
         if name not in way.files:
@@ -241,3 +255,4 @@ def _apply(paths: Paths, way: Way) -> None:
         write_atomic(path, each.content, mode=each.mode)
         if os.geteuid() == 0:
             os.chown(path, each.uid, each.gid, follow_symlinks=False)
+    generations.mark_done(paths, way.instance)
