@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_incidents(verbs)
     verbs.add_parser("api-key", help="show|list|add|rotate|revoke: the keys that clients send", add_help=False)
     _add_generations(verbs)
+    gone = verbs.add_parser("forget", help="remove what an instance left whose configuration is gone", description="Remove what is left of an instance whose configuration is gone: its keys, incidents and generations, and what keeps versions of models for it.")
+    gone.add_argument("name", metavar="NAME")
+    gone.add_argument("--yes", action="store_true", help="do not ask")
     verbs.add_parser("backup", help="create|list|restore: configuration, keys and generations in one file", add_help=False)
     verbs.add_parser("engine", help="install|list|use|rollback|remove|verify: the engines of this host", add_help=False)
     verbs.add_parser("cache", help="list|clear: the caches of compiled code", add_help=False)
@@ -170,6 +173,10 @@ def _perform(arguments: argparse.Namespace, paths: Paths) -> int:
 
             options = rollback.Options(asks=not arguments.yes, restarts=not arguments.no_restart, host_file=arguments.host_file)
             return rollback.rollback(paths, arguments.name, arguments.generation, options)
+        case "forget":
+            from vllmd.ctl import forget
+
+            return forget.forget(paths, arguments.name, asks=not arguments.yes)
         case "stop":
             from vllmd.ctl import follow
 

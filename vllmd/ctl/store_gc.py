@@ -33,6 +33,8 @@ class Work:
 def collect(place: Place, keep: int, *, is_dry: bool) -> int:
     """Says what goes and what it gives back. At the end StorageFailed or PermissionMissing, where something could not be removed."""
     found = look(place)
+    for line in _keepers_gone(place, found):
+        sys.stdout.write(f"{line}\n")
     with permitted(place, "read"):
         work = list(_work(place, found, Users.look(place.paths), keep))
     if is_dry:
@@ -43,6 +45,13 @@ def collect(place: Place, keep: int, *, is_dry: bool) -> int:
     with changing(place, "clean up"):
         _done(work)
     return 0
+
+
+def _keepers_gone(place: Place, found: Catalog) -> Iterator[str]:
+    """Not taken away by itself: the instance may be one of another host that shares the store."""
+    for name in sorted({keeper for item in found.items for keeper in item.kept_for}):
+        if not place.paths.instance_config(name).exists():
+            yield f"versions are kept for a rollback of {name}, which has no configuration here; if it is gone: {place.paths.vllmctl} forget {name}"
 
 
 def _done(work: list[Work]) -> None:
