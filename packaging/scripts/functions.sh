@@ -37,8 +37,9 @@ in_use() { # in_use DIRECTORY: by a process; the pattern comes from stdin, since
 
 # A supervisor that runs goes on with the program it was started from, of which it may still have modules to import: a copy
 # (of links) stands aside while the files of the package are exchanged, and then takes their place.
+# What an upgrade that was cut short has kept already stays.
 keep_program() {
-    rm -rf "$KEPT"
+    rm -rf "$KEPT/${PROGRAM##*/}"
     if [ -d "$PROGRAM" ] && in_use "$PROGRAM"; then
         mkdir -p "$KEPT"
         cp -al "$PROGRAM" "$KEPT/"
