@@ -102,6 +102,17 @@ def test_without_secrets_there_is_none(root: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "new/etc").iterdir()) == ["demo.d", "demo.yaml", "vllmd.yaml"]
 
 
+def test_without_secrets_there_is_none_in_files_that_no_instance_has(root: Path) -> None:
+    (root / "etc/orphan.d").mkdir()
+    (root / "etc/orphan.d/1.yaml").write_text(f"engine: {{env: {{X_TOKEN: {SECRET}, NOTE: 'it is {SECRET}', MY_PASSPHRASE: {SECRET}2}}}}\n")
+    (root / "etc/orphan.d/2.yaml").write_text(f"serve: {{api_key: {SECRET}\n")
+    (root / "etc/orphan.d/3.yaml").write_text(f"engine: {{args: {{otlp-traces-endpoint: 'https://host/x?a=1&token={SECRET[::-1]}&b=2'}}}}\n")
+    done = run(root, "create", "--without-secrets")
+    assert "2.yaml is left out, since its secrets cannot be told: it is no YAML" in done.stderr
+    content = Path(done.stdout.strip()).read_bytes()
+    assert (SECRET.encode() in content, SECRET[::-1].encode() in content, b"a=1&token=<redacted>&b=2" in content) == (False, False, True)
+
+
 def test_what_is_there_is_replaced_only_by_force_and_kept(root: Path) -> None:
     backup = created(root)
     (root / "etc/demo.yaml").write_text("model: acme/Other\n")

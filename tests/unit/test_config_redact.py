@@ -50,7 +50,7 @@ def test_what_is_no_secret_stays() -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["Authorization: Bearer s3cretvalue", "got 'X-API-Key': 's3cretvalue'", "https://user:s3cretvalue@host/x", "Bearer s3cretvalue", "hf_s3cretvalues3cretvalue", "x-auth-token: s3cretvalue", "args: {'api_key': ['s3cretvalue'], 'port': 1}", "password=s3cretvalue"],
+    ["Authorization: Bearer s3cretvalue", "got 'X-API-Key': 's3cretvalue'", "https://user:s3cretvalue@host/x", "Bearer s3cretvalue", "hf_s3cretvalues3cretvalue", "x-auth-token: s3cretvalue", "args: {'api_key': ['s3cretvalue'], 'port': 1}", "password=s3cretvalue", "GET https://cdn/x?X-Amz-Signature=s3cretvalue&a=1", "/x?token=s3cretvalue"],
 )
 def test_secrets_are_hidden_by_where_they_stand(text: str) -> None:
     assert "s3cretvalue" not in redact.redact_text(text)

@@ -26,7 +26,7 @@ _LIST_FLAG = re.compile(r"--?api[-_]?key", re.IGNORECASE)
 _HEADER_NAME = re.compile(
     r"authorization|proxy-authorization|cookie|set-cookie|x-api-key|api-key|[a-z0-9_-]*(bearer|token|apikey)[a-z0-9_-]*", re.IGNORECASE
 )
-_SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?|JWT|BEARER|COOKIE)(_|$)", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(^|_)(API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?|JWT|BEARER|COOKIE)(_|$)", re.IGNORECASE)
 _KEY_FILES = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)
 
 _VALUE = r"(?:\[[^\]]*\]|'[^']*'|\"[^\"]*\"|[^\s,;}\]]+)"
@@ -41,6 +41,7 @@ _IN_TEXT = tuple(
         r"(?P<keep>\bbasic\s+)(?=[a-z]*[0-9=+/])[a-z0-9+/=]{8,}",
         rf"(?P<keep>(?<![\w-])--?(?:{_SECRET_FLAGS})(?:\s*=\s*|\s+))(?!-)(?:'[^']*'|\"[^\"]*\"|\S+)",
         r"(?P<keep>(?<![a-z0-9+.-])[a-z][a-z0-9+.-]{0,20}://)[^/\s:@]{0,200}:[^/\s@]{1,200}(?=@)",
+        r"(?P<keep>[?&](?:[a-z0-9-]{0,40}[_-])?(?:token|key|apikey|secret|password|sig|signature|credential)=)[^&#\s'\"<>]+",  # addresses that are signed
         r"(?P<keep>)\bhf_[a-z0-9]{16,}\b",
     )
 )

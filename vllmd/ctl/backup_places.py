@@ -121,13 +121,28 @@ def _without_secrets(paths: Paths, say: Say) -> Iterator[tuple[str, Entry]]:
         except VllmdError as error:
             bad.add(name)
             say(f"{path} is left out, since its secrets cannot be told: {error.what}")
+    found: list[tuple[str, Entry, Any]] = []
     for entry, each in _configuration(paths, lambda _text: None):
         parts = entry.split("/")
         owner = parts[1].removesuffix(".yaml").removesuffix(".d")
         if parts[1] == FILES_FOLDER or not entry.endswith(".yaml") or owner in bad or (len(parts) > 2 and not parts[1].endswith(".d")):
             continue
-        text = yaml.safe_dump(_stripped(yaml.safe_load(each.content), tuple(hidden)), sort_keys=False, allow_unicode=True)
+        try:
+            found.append((entry, each, yaml.safe_load(each.content)))
+        except (yaml.YAMLError, ValueError, RecursionError):  # a drop-in of an instance that has no file
+            say(f"{paths.config.joinpath(*parts[1:])} is left out, since its secrets cannot be told: it is no YAML")
+    hidden |= {value for _, _, document in found for value in _named_secret(document)}
+    for entry, each, document in found:
+        text = yaml.safe_dump(_stripped(document, tuple(hidden)), sort_keys=False, allow_unicode=True)
         yield entry, replace(each, content=(_STRIPPED + text).encode())
+
+
+def _named_secret(value: Any) -> Iterator[str]:
+    """By the names that they have, wherever they stand: the same text may stand elsewhere as well."""
+    for name, item in value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ():
+        if isinstance(item, str) and item and show.names_secret(str(name)):
+            yield item
+        yield from _named_secret(item)
 
 
 def _stripped(value: Any, hidden: tuple[str, ...]) -> Any:
