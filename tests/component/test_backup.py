@@ -193,6 +193,17 @@ def test_models_come_along_and_back(root: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "third").exists()
 
 
+def test_no_id_of_a_model_ends_a_backup_as_if_it_were_made(root: Path, tmp_path: Path) -> None:
+    manifest = publishing.publish_version(root / "lib/models", 1) / ".vllmd-manifest.json"
+    whole = manifest.read_text()
+    manifest.write_text(whole.replace("acme/Tiny", "-h"))
+    done = run(root, "create", "--with-models", "-o", tmp_path / "x.tar")
+    assert (done.returncode != 0, "usage:" in done.stdout) == (True, False)
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]  # also no models without their backup
+    manifest.write_text(whole)
+    assert "1 models beside it" in run(root, "create", "--with-models", "-o", tmp_path / "x.tar").stderr
+
+
 def test_a_running_instance_has_its_key_again_after_everything_was_lost() -> None:
     with quick(config={"serve": {"auth": "key"}}) as instance:
         instance.wait_ready()

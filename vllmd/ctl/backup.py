@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -73,9 +74,10 @@ def _create(paths: Paths, options: argparse.Namespace) -> int:
     if not any(name.startswith("etc/") for name in backup.entries):
         raise UsageError("nothing_to_back_up", f"there is no configuration in {paths.config}", "`vllmctl --root DIR` and `--user` have places of their own")
     if options.with_models:
-        backup = replace(backup, models=_export(paths, path))
-    archive.write(path, backup)
-    models = f", {len(backup.models)} models beside it" if options.with_models else ""
+        _write_with_models(paths, path, backup)
+    else:
+        archive.write(path, backup)
+    models = f", {len(list(_models(path).iterdir()))} models beside it" if options.with_models else ""
     _say(f"{path}: {len(backup.entries)} files, {'with' if backup.has_secrets else 'without'} secrets{models}")
     sys.stdout.write(f"{path}\n")
     return 0
@@ -90,12 +92,8 @@ def _new(paths: Paths) -> Path:
     return folder / f"vllmd-{datetime.now(UTC):%Y%m%dT%H%M%S.%fZ}.tar"
 
 
-def _export(paths: Paths, path: Path) -> tuple[str, ...]:
-    """Each current published model into PATH.models, by `vllmctl store export`."""
-    from vllmd.ctl import store
-    from vllmd.ctl.store_chosen import look
-    from vllmd.models.catalog import PUBLISHED_KIND
-
+def _write_with_models(paths: Paths, path: Path, backup: Backup) -> None:
+    """Both, or neither: models without their backup would be in the way of the next one of that name."""
     folder = _models(path)
     try:
         folder.mkdir(mode=0o700)
@@ -103,11 +101,26 @@ def _export(paths: Paths, path: Path) -> tuple[str, ...]:
         raise UsageError("backup_exists", f"{folder} exists already", "give another name (-o)") from None
     except OSError as error:
         raise storage_error(error, f"make {folder}") from error
+    try:
+        archive.write(path, replace(backup, models=_exported(paths, folder)))
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _exported(paths: Paths, folder: Path) -> tuple[str, ...]:
+    """Each current published model, as `vllmctl store export` does it. Not by a command line: an id may be what the service's account
+    wrote, and one that was `-h` ended the backup with a help text and status 0."""
+    from vllmd.ctl import store, store_move
+    from vllmd.ctl.store_chosen import look
+    from vllmd.models.catalog import PUBLISHED_KIND
+
+    place = store.place_of(paths, None, os.environ)
     names: list[str] = []
-    for item in look(store.place_of(paths, None, os.environ)).items:
+    for item in look(place).items:
         if item.kind == PUBLISHED_KIND and item.is_current:
             name = f"{len(names)}-{re.sub('[^A-Za-z0-9._-]', '-', item.identity)[:150]}.tar"
-            store.main(["export", item.identity, "-o", str(folder / name)], paths)
+            store_move.export(place, item.identity, item.version, str(folder / name), None)
             names.append(name)
     return tuple(names)
 
