@@ -113,6 +113,19 @@ def test_without_secrets_there_is_none_in_files_that_no_instance_has(root: Path)
     assert (SECRET.encode() in content, SECRET[::-1].encode() in content, b"a=1&token=<redacted>&b=2" in content) == (False, False, True)
 
 
+def test_tokens_of_others_are_not_in_it(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = root / "credstore"
+    store.mkdir()
+    for name in ("vllmd.demo.api-key", "vllmd.hf-token", "vllmd.s3-credentials", "other"):
+        (store / name).write_text(SECRET)
+    monkeypatch.setattr(places, "CREDENTIALS", {"credstore": store})
+    monkeypatch.setattr(places, "DEFAULTS", root / "none/vllmd")
+    said: list[str] = []
+    found = places.gathered(replace(root_paths(root), scope="system"), secrets=True, say=said.append)
+    assert [name for name in found if name.startswith("credstore")] == ["credstore/vllmd.demo.api-key"]
+    assert [Path(line.split()[0]).name for line in said] == ["vllmd.hf-token", "vllmd.s3-credentials"]
+
+
 def test_what_is_there_is_replaced_only_by_force_and_kept(root: Path) -> None:
     backup = created(root)
     (root / "etc/demo.yaml").write_text("model: acme/Other\n")

@@ -32,6 +32,7 @@ Say = Callable[[str], None]
 CREDENTIALS = {"credstore": Path("/etc/credstore"), "credstore.encrypted": Path("/etc/credstore.encrypted")}
 _STRIPPED = "# Written by `vllmctl backup create --without-secrets`: secret settings and comments are not here.\n"
 DEFAULTS = Path("/etc/default/vllmd")
+_API_KEY = ".api-key"
 _DEEPEST = 4
 STATE_BYTES, STATE_FILES = 128 << 20, 10_000
 """Of what is in a backup, as much may be of the service's writing."""
@@ -52,7 +53,10 @@ def gathered(paths: Paths, *, secrets: bool, say: Say) -> dict[str, Entry]:
         found |= dict(_below("default", DEFAULTS.parent, (DEFAULTS.name,), say))
         for top, folder in CREDENTIALS.items() if secrets else ():
             names = sorted(each.name for each in folder.glob("vllmd.*")) if folder.is_dir() else []
-            found |= dict(_below(top, folder, names, say))
+            found |= dict(_below(top, folder, [name for name in names if name.endswith(_API_KEY)], say))
+            for name in names:
+                if not name.endswith(_API_KEY):
+                    say(f"{folder / name} is left out: whoever gave that token gives another one")
     return found
 
 
