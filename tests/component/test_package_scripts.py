@@ -9,7 +9,8 @@ import pytest
 
 pytestmark = pytest.mark.component
 
-POSTRM = Path(__file__).parents[2] / "packaging/scripts/deb/postrm"
+SCRIPTS = Path(__file__).parents[2] / "packaging/scripts"
+POSTRM, FUNCTIONS = SCRIPTS / "deb/postrm", SCRIPTS / "functions.sh"
 PLACES = ("/var/lib/vllmd", "/etc/vllmd", "/var/cache/vllmd", "/run/vllmd", "/etc/systemd/system", "/opt/vllmd", "/etc/credstore")
 
 
@@ -67,3 +68,14 @@ def test_purge_goes_on_where_something_is_a_file_system_of_its_own(root: Path) -
     (root / "bin/rm").chmod(0o755)
     assert "not all of" in purge(root)
     assert not (root / "var/cache/vllmd").exists()
+
+
+def test_an_upgrade_over_one_that_was_cut_short_keeps_what_still_runs(tmp_path: Path) -> None:
+    """dpkg was ended after it had unpacked 2 over 1, which runs: 1 is in .kept alone. Then 3 is installed."""
+    lib = tmp_path / "lib"
+    for program in (".kept/1", "2"):
+        (lib / program / "lib").mkdir(parents=True)
+    text = FUNCTIONS.read_text().replace("/usr/lib/vllmd", str(lib)).replace("@PROGRAM@", "2")
+    steps = "in_use() { [ ${1##*/} = 1 ]; }\nkeep_program\nrm -r $PROGRAM\nmkdir -p $LIB/3/lib\nPROGRAM=$LIB/3\nrestore_kept_programs\nforget_unused_programs\n"
+    subprocess.run(["sh", "-c", f"{text}\n{steps}"], check=True, timeout=30)
+    assert sorted(path.name for path in lib.iterdir()) == ["1", "3"]

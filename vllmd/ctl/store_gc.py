@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,7 +51,7 @@ def collect(place: Place, keep: int, *, is_dry: bool) -> int:
 def _keepers_gone(place: Place, found: Catalog) -> Iterator[str]:
     """Not taken away by itself: the instance may be one of another host that shares the store."""
     for name in sorted({keeper for item in found.items for keeper in item.kept_for}):
-        if not place.paths.instance_config(name).exists():
+        if not os.path.lexists(place.paths.instance_config(name)):
             yield f"versions are kept for a rollback of {name}, which has no configuration here; if it is gone: {place.paths.vllmctl} forget {name}"
 
 
