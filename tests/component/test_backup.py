@@ -326,3 +326,21 @@ def test_a_configuration_that_is_a_link_is_in_the_backup(root: Path, tmp_path: P
     assert run(tmp_path / "new", "restore", done.stdout.strip()).returncode == 0
     assert (tmp_path / "new/etc/linked.yaml").read_text() == "model: acme/Linked\n"
     assert (tmp_path / "new/etc/linked.d/1.yaml").is_file()
+    (root / "etc/loop.d").unlink()
+    (tmp_path / "managed/more.d/1.yaml").write_text("log: {level: warning}\n")
+    assert run(root, "restore", done.stdout.strip()).returncode == 64
+    assert run(root, "restore", "--force", done.stdout.strip()).returncode == 0
+    assert (tmp_path / "managed/more.d/1.yaml").read_text() == "log: {level: debug}\n"
+
+
+def test_a_host_whose_directories_are_links_is_backed_up_and_restored(root: Path, tmp_path: Path) -> None:
+    """/var/lib/vllmd was moved to a larger disk: neither its keys nor its generations were in the backup."""
+    for name in ("lib", "etc"):
+        (root / name).rename(tmp_path / name)
+        (root / name).symlink_to(tmp_path / name)
+    backup = created(root)
+    assert b"instances/demo/keys.json" in backup.read_bytes()
+    (tmp_path / "lib/instances/demo/keys.json").unlink()
+    (tmp_path / "etc/demo.yaml").unlink()
+    done = run(root, "restore", backup)
+    assert (done.returncode, (tmp_path / "lib/instances/demo/keys.json").exists(), (tmp_path / "etc/demo.yaml").exists()) == (0, True, True), done.stderr

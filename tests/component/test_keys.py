@@ -436,3 +436,23 @@ def test_the_plain_credentials_come_back_when_their_link_was_removed(tmp_path: P
     (paths.state / "public/credentials.json").unlink()
     keys.ensure(paths, "demo", wanted=True)
     assert (paths.state / "public/credentials.json").resolve() == paths.state / "public/demo/credentials.json"
+
+
+def test_a_state_that_was_moved_to_another_disk_has_keys(tmp_path: Path) -> None:
+    """/var/lib/vllmd is a link then. No instance started that wanted a key."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "lib").symlink_to(tmp_path / "disk")
+    assert keys.ensure(root_paths(tmp_path), "demo", wanted=True).is_new
+    assert (tmp_path / "disk/instances/demo/keys.json").exists()
+
+
+def test_a_link_that_another_user_could_have_put_there_is_not_followed(tmp_path: Path) -> None:
+    need(os.geteuid() == 0, "root")
+    theirs = tmp_path / "theirs"
+    (tmp_path / "roots").mkdir()
+    theirs.mkdir()
+    (theirs / "lib").symlink_to(tmp_path / "roots")
+    os.chown(theirs, NOBODY, NOBODY)
+    with pytest.raises(StorageFailed):
+        keys.ensure(root_paths(theirs), "demo", wanted=True)
+    assert not any((tmp_path / "roots").iterdir())

@@ -211,6 +211,9 @@ def place_of(paths: Paths, name: str) -> tuple[Path, tuple[str, ...], str]:
     """(a directory that is trusted, the names below it, the file's name)."""
     top, *between, file = name.split("/")
     if top == "etc":
+        folder = paths.config.joinpath(*between)
+        if between and folder.is_dir() and (real := folder.resolve()) != paths.config.resolve().joinpath(*between):
+            return real, (), file  # a link of the administrator's, as NAME.d to a directory that something else manages
         return paths.config, tuple(between), file
     if top == "instances":
         return paths.state, (top, *between), file

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Self
 
 from vllmd.errors import TryLater
+from vllmd.system.owner import controller
 
 _STEP = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 LOCK_S = 10.0
@@ -33,10 +34,12 @@ class Folder:
 
     @classmethod
     def open(cls, root: Path, *names: str, make: bool = False) -> Self:
-        """`root` is trusted up to its own name. What is missing below it is made, mode 0755, where `make` is set."""
+        """`root` is trusted, and may be a link (of a state that was moved to a larger disk) where nobody else could have put it there.
+        What is missing below it is made, mode 0755, where `make` is set."""
         if make:
             root.mkdir(parents=True, exist_ok=True, mode=0o755)
-        descriptor, path = os.open(root, _STEP), root
+        is_trusted = controller(root.parent) in (0, os.geteuid())
+        descriptor, path = os.open(root, _STEP & ~os.O_NOFOLLOW if is_trusted else _STEP), root
         for name in names:
             path = path / name
             try:
