@@ -13,7 +13,10 @@ from tests.component.test_engine_install import wheels as wheels
 from tests.needs import need
 from vllmd.config.paths import Paths, root_paths
 from vllmd.ctl import engine
-from vllmd.errors import UsageError
+from vllmd.ctl import engine_trust as trust
+from vllmd.engines import build
+from vllmd.engines.install import Request
+from vllmd.errors import EngineFailed, UsageError
 
 pytestmark = pytest.mark.component
 
@@ -70,6 +73,20 @@ def test_wheels_that_the_service_could_have_written_are_refused(paths: Paths, tm
     assert str(paths.state) in refused(paths, "--wheels", str(below))
     (tmp_path / "link").symlink_to(below)
     assert str(paths.state) in refused(paths, "--wheels", str(tmp_path / "link"))
+
+
+def test_a_python_that_is_on_path_is_looked_for_there(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(paths.state)
+    (paths.state / "python3").write_text("")
+    trust.refuse(paths, Request(python="python3"))
+    assert "--python" in refused(paths, "--python", "./python3")
+
+
+def test_a_password_in_what_pip_says_is_not_passed_on() -> None:
+    said: list[str] = []
+    with pytest.raises(EngineFailed) as caught:
+        build._run(["sh", "-c", "echo ERROR at https://me:geheim@host/simple; exit 1"], said.append, "failed")
+    assert ("geheim" in f"{said} {caught.value.what}", "<redacted>@host" in caught.value.what) == (False, True)
 
 
 def test_a_python_a_lock_file_and_engines_of_the_service_are_refused(paths: Paths, tmp_path: Path) -> None:

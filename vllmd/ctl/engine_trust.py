@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,7 @@ def _service(paths: Paths) -> int:
 def _used(paths: Paths, request: Request) -> Iterator[tuple[str, Path]]:
     yield "the engines' directory", paths.engines
     if request.python:
-        yield "--python", Path(request.python)
+        yield "--python", Path(shutil.which(request.python) or request.python)
     if request.lock is not None:
         yield "--lock", request.lock
     if request.index_url.startswith(_FILE):

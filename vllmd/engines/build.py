@@ -17,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from vllmd.config.redact import redact_text
 from vllmd.engines import locks, packages, vllm_toolkit
 from vllmd.engines.record import Record
 from vllmd.errors import ConfigError, EngineFailed
@@ -242,6 +243,7 @@ def _run(command: Sequence[str], say: Say, failure: str, more: Mapping[str, str]
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             assert child.stdout is not None
             for line in child.stdout:
+                line = redact_text(line)  # pip names addresses, and one may hold a password
                 last.append(line.rstrip())
                 if _WORTH_SAYING.match(line):
                     say("  " + line.strip()[:_LINE_LIMIT])
