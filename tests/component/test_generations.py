@@ -189,6 +189,23 @@ def test_model_version_and_engine_of_a_generation_come_back(instance: Instance) 
     assert "not installed" in ctl(instance, "rollback", instance.name, "3", "--yes", status=78)
 
 
+def test_a_version_that_a_rollback_pinned_stays_until_the_instance_is_ready_with_it(instance: Instance) -> None:
+    """Of the third generation back: nothing else keeps it, and another instance may fetch a newer one at any moment."""
+    store = instance.root / "lib/models"
+    store.mkdir(parents=True)
+    instance.config["model"] = {"id": "acme/Tiny", "sources": ["local"]}
+    instance.write_config()
+    first = publishing.publish_version(store, 1)
+    served(instance)
+    for number in (2, 3):
+        publishing.publish_version(store, number, keep=9)
+        served(instance)
+    ctl(instance, "rollback", instance.name, "1", "--yes", "--no-restart")
+    publishing.publish_version(store, 4, keep=1)
+    served(instance)
+    assert records(instance)[-1]["model"]["directory"] == str(first)
+
+
 def test_a_generation_with_pins_of_an_earlier_rollback_comes_back_with_all_of_them(instance: Instance) -> None:
     """Its engine had to be pinned, and that replaced the pin of its model: generation 3 came back with the model of generation 2."""
     store = instance.root / "lib/models"

@@ -34,9 +34,11 @@ from vllmd.engines import choice, registry
 from vllmd.errors import ConfigError, ModelNotFound, PermissionMissing, UsageError, VllmdError
 from vllmd.instance import generations
 from vllmd.instance.generations import BEFORE, Kept
+from vllmd.models import kept as kept_versions
 from vllmd.models.identity import label
 from vllmd.models.store import PUBLISHED, published_target
 from vllmd.system.files import directory_like, storage_error, write_atomic
+from vllmd.system.owner import as_owner
 
 DROP_IN = "zz-rollback.yaml"
 """Comes last among the drop-ins: what it pins holds."""
@@ -59,6 +61,8 @@ class Way:
     files: Mapping[str, Kept]
     now: Mapping[str, Kept]
     told: tuple[str, ...] = ()
+    version: Path | None = None
+    """Of the model, in its store, where it is pinned."""
 
     @property
     def changed(self) -> list[str]:
@@ -87,8 +91,21 @@ def rollback(paths: Paths, name: str, wanted: str | None, options: Options) -> i
         raise PermissionMissing("permission_missing", f"cannot write {paths.config}: {error.strerror}", f"sudo vllmctl rollback {instance}") from None
     except OSError as error:
         raise storage_error(error, f"write {paths.config}") from error
+    _hold(way)
     sys.stdout.write(f"{instance} is configured as {way.title}; `vllmctl rollback {instance} {BEFORE}` undoes that\n")
     return _restart(paths, way) if options.restarts else 0
+
+
+def _hold(way: Way) -> None:
+    """The pinned version is one that retention could take before the instance is READY with it, and another instance fetches a newer one."""
+    if way.version is None:
+        return
+    store = way.version.parent.parent.parent
+    try:
+        with as_owner(store):
+            kept_versions.add(store, way.instance, way.version.name)
+    except (OSError, VllmdError) as error:
+        sys.stdout.write(f"{printable(str(way.version))} may be removed before the instance has it: {error}\n")
 
 
 def _restart(paths: Paths, way: Way) -> int:
@@ -134,7 +151,8 @@ def _back(paths: Paths, instance: str, chosen: Generation, options: Options) -> 
         content = f"# Made by `vllmctl rollback {instance} {chosen.number}`. Remove it to follow the newest again.\n{json.dumps(pins, indent=1, default=str)}\n".encode()
         owner = kept.get(f"{instance}.yaml") or next(iter(kept.values()))
         kept = {**kept, f"{instance}.d/{DROP_IN}": replace(owner, content=content)}
-    return _way(paths, instance, f"generation {chosen.number}", kept, told, options)
+    way = _way(paths, instance, f"generation {chosen.number}", kept, told, options)
+    return replace(way, version=_pinned_version(kept.get(f"{instance}.d/{DROP_IN}")))
 
 
 def _own_pins(drop_in: Kept | None) -> dict[str, Any]:
@@ -144,6 +162,13 @@ def _own_pins(drop_in: Kept | None) -> dict[str, Any]:
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _pinned_version(drop_in: Kept | None) -> Path | None:
+    """In its store; None for a directory of somebody's own."""
+    model = _own_pins(drop_in).get("model")
+    path = Path(model) if isinstance(model, str) else Path()
+    return path if path.parent.parent.name == PUBLISHED and generations.SUM.fullmatch(path.name) else None
 
 
 def _before(paths: Paths, instance: str, options: Options) -> Way:

@@ -37,6 +37,11 @@ def write(store: Path, instance: str, versions: Iterable[str]) -> None:
         os.chown(path, owner.st_uid, owner.st_gid, follow_symlinks=False)
 
 
+def add(store: Path, instance: str, version: str) -> None:
+    """One more, until the instance is READY with it. OSError, PermissionMissing."""
+    write(store, instance, [*(each for each, names in read(store).items() if instance in names), version])
+
+
 def read(store: Path) -> dict[str, tuple[str, ...]]:
     """Manifest sum -> the instances that keep it. A file that cannot be read says nothing. OSError."""
     found: dict[str, tuple[str, ...]] = {}
