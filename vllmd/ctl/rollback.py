@@ -27,6 +27,7 @@ from vllmd.config.paths import Paths
 from vllmd.config.redact import redactor
 from vllmd.config.settings import EngineChoice
 from vllmd.config.values import printable
+from vllmd.ctl import rollback_mark
 from vllmd.ctl import unit as units
 from vllmd.ctl.files import text
 from vllmd.ctl.generations import Generation, check_owner, look
@@ -267,9 +268,9 @@ def _confirmed(way: Way) -> bool:
 
 def _apply(paths: Paths, way: Way) -> None:
     """What is replaced is put aside first, as `before`; half of a rollback that was cut short is not worth that. OSError."""
-    if not generations.is_half_way(paths, way.instance):
+    if not rollback_mark.is_half_way(paths, way.instance):
         generations.keep_files(paths, way.instance, keep=100, name=BEFORE)
-    generations.mark_begun(paths, way.instance, way.files)
+    rollback_mark.begun(paths, way.instance, way.files)
     for name in way.changed:
         path = paths.config / name
         if name not in way.files:
@@ -280,4 +281,4 @@ def _apply(paths: Paths, way: Way) -> None:
         write_atomic(path, each.content, mode=each.mode)
         if os.geteuid() == 0:
             os.chown(path, each.uid, each.gid, follow_symlinks=False)
-    generations.mark_done(paths, way.instance)
+    rollback_mark.done(paths, way.instance)

@@ -38,7 +38,6 @@ SCHEMA = 1
 NAME = re.compile(r"(\d{5,9})\.json")
 SUM = re.compile(r"[0-9a-f]{64}")
 RECORD_BYTES, FILE_BYTES, MAX_FILES, SEEN = 1 << 20, 1 << 20, 200, 2000
-_BEGUN = ".begun"
 PROTECTED = 2
 """The model versions of as many of the newest generations are never removed."""
 
@@ -215,27 +214,6 @@ def _folder(paths: Paths, instance: str) -> Path:
     for each in (folder, folder / instance):
         each.mkdir(mode=0o700, exist_ok=True)
     return folder / instance
-
-
-# A rollback exchanges several files; while it does, a mark holds the sums of what they shall be.
-
-
-def mark_begun(paths: Paths, instance: str, files: Mapping[str, Kept]) -> None:
-    write_atomic(_folder(paths, instance) / _BEGUN, json.dumps(sums_of(files)), mode=0o600)
-
-
-def mark_done(paths: Paths, instance: str) -> None:
-    (_folder(paths, instance) / _BEGUN).unlink(missing_ok=True)
-
-
-def is_half_way(paths: Paths, instance: str) -> bool:
-    """Whether each file of now is either as it was before a rollback that did not end, or as that one wanted it. OSError."""
-    try:
-        wanted = json.loads(read_small(_folder(paths, instance) / _BEGUN, RECORD_BYTES))
-    except (FileNotFoundError, ValueError):
-        return False
-    before, now = (sums_of(files) for files in (kept_files(paths, instance, BEFORE), present_files(paths, instance)))
-    return bool(before) and all(now.get(name) in (before.get(name), wanted.get(name)) for name in {*before, *wanted, *now})
 
 
 def write_files(directory: Path, files: Mapping[str, Kept]) -> None:
