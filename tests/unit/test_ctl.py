@@ -15,6 +15,7 @@ from vllmd.config.paths import SYSTEM, Paths, root_paths
 from vllmd.ctl import files as ctl_files
 from vllmd.ctl import follow as ctl_follow
 from vllmd.ctl import logs as ctl_logs
+from vllmd.ctl import progress as ctl_progress
 from vllmd.ctl import status as ctl_status
 from vllmd.ctl import unit as ctl_unit
 from vllmd.errors import Status, UsageError, VllmdError
@@ -255,3 +256,34 @@ def test_logs_select_by_what_the_journal_adapter_writes(only: str, tmp_path: Pat
     journal.close(0)
     (identifier,) = [word.removeprefix("--identifier=") for word in journalctl(only=only) if word.startswith("--identifier")]
     assert f"SYSLOG_IDENTIFIER={identifier}\n".encode() in entry
+
+
+ESCAPE = "\x1b]0;title\x07"
+
+
+def hostile(value: Any) -> Any:
+    """The same document, with a control sequence in each of its texts."""
+    if isinstance(value, dict):
+        return {name: item if name in ("state", "instance") else hostile(item) for name, item in value.items()}
+    return [hostile(item) for item in value] if isinstance(value, list) else f"{ESCAPE}{value}" if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("words", [["status"], ["status", "demo"]])
+def test_status_sends_nothing_of_the_service_s_to_the_terminal_as_it_is(words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An engine that was broken into writes as the service's account, and root looks at it."""
+    said = hostile({**READY, "warnings": ["w"], "error": ERROR, "paused": {"until": "u", "by": "b", "why": "y"}})
+    ctl.run(["--root", str(written(tmp_path, status=said, last={**said, "status": 2})), *words])
+    shown = capsys.readouterr().out
+    assert (ESCAPE[0] in shown, "\\x1b]0;title" in shown) == (False, True)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_progress_and_endpoint_reach_the_terminal_as_text(is_terminal: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: is_terminal)
+    with ctl_progress.progress("demo") as show:
+        show(ctl_progress.Shown(f"loading{ESCAPE}", 0.5, f"half{ESCAPE}\n"))
+    ctl_follow._say(f"ready at {ESCAPE}")
+    shown = capsys.readouterr()
+    assert ESCAPE not in shown.out + shown.err
+    assert "\\x1b]0;title" in shown.out
+    assert is_terminal or "\\x1b]0;title" in shown.err

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vllmd.config.paths import Paths
+from vllmd.config.values import printable
 from vllmd.ctl import files
 from vllmd.ctl import unit as units
 from vllmd.ctl.progress import Shown, progress
@@ -151,5 +152,5 @@ def _at(paths: Paths, name: str) -> str:
 
 
 def _say(line: str) -> None:
-    sys.stdout.write(line + "\n")
+    sys.stdout.write(printable(line) + "\n")
     sys.stdout.flush()

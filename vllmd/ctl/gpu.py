@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from vllmd.commandline import Parser
 from vllmd.config.paths import Paths
+from vllmd.config.values import printable
 from vllmd.core.xids import recovery
 from vllmd.ctl import gpu_facts as facts
 from vllmd.ctl import gpu_show as show
@@ -51,7 +52,7 @@ def _list(paths: Paths, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps(show.as_dict(host)) + "\n")
     else:
-        sys.stdout.write("\n".join(show.table(host)) + "\n")
+        sys.stdout.write(printable("\n".join(show.table(host))) + "\n")
     if host.stuck_in:
         return int(GpuUnavailable.status)
     return 0 if all(each.is_usable for each in host.gpus) else NOT_USABLE
@@ -71,7 +72,7 @@ def _clear(paths: Paths, token: str, *, force: bool) -> int:
     if not force:
         _refuse_early(seen, record)
     _lift(paths, seen)
-    sys.stdout.write(f"the quarantine of GPU {seen.label} is lifted (it was: {record.what})\n")
+    sys.stdout.write(printable(f"the quarantine of GPU {seen.label} is lifted (it was: {record.what})") + "\n")
     return 0
 
 

@@ -7,8 +7,10 @@ import sys
 from typing import Any
 
 from vllmd.config.paths import Paths
+from vllmd.config.values import printable
 from vllmd.ctl import control
 from vllmd.ctl import unit as units
+from vllmd.ctl.files import text
 from vllmd.errors import PermissionMissing, TryLater, UsageError, VllmdError
 
 _UNITS = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
@@ -17,8 +19,8 @@ _UNITS = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
 def pause(paths: Paths, name: str, *, for_text: str, why: str) -> int:
     name = units.instance_name(name)
     answer = _post(paths, name, "/pause", {"for_s": seconds(for_text), "why": why})
-    until = answer.get("paused", {}).get("until", "")
-    sys.stdout.write(f"{name} is paused until {until}: nothing is judged. `vllmctl resume {name}` ends it.\n")
+    until = text(answer, "paused", "until")
+    sys.stdout.write(printable(f"{name} is paused until {until}: nothing is judged. `vllmctl resume {name}` ends it.") + "\n")
     return 0
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from vllmd.config.values import printable
+
 _PERCENT_STEP = 0.1
 
 
@@ -21,6 +23,11 @@ class Shown:
 
 
 Show = Callable[[Shown], None]
+
+
+def _plain(text: str) -> str:
+    """On one line. It is of the service's account, and the terminal may be root's."""
+    return printable(text.replace("\n", " "))
 
 
 @contextmanager
@@ -44,7 +51,7 @@ def _bar(name: str) -> Iterator[Show]:
 
         def show(now: Shown) -> None:
             # What an engine prints may look like markup.
-            description = escape(" ".join(filter(None, (now.phase, now.text if now.text != now.phase else ""))))
+            description = escape(_plain(" ".join(filter(None, (now.phase, now.text if now.text != now.phase else "")))))
             bars.update(task, description=description, total=None if now.fraction is None else 1.0, completed=now.fraction or 0.0)
 
         yield show
@@ -62,7 +69,7 @@ def _lines(name: str) -> Show:
             return
         said = key
         percent = "" if now.fraction is None else " ".join(filter(None, (f" {now.fraction:.0%}", now.text)))
-        sys.stderr.write(f"{name}: {now.phase}{percent} ({time.monotonic() - began:.0f} s)\n")
+        sys.stderr.write(_plain(f"{name}: {now.phase}{percent} ({time.monotonic() - began:.0f} s)") + "\n")
         sys.stderr.flush()
 
     return show

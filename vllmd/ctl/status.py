@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from vllmd.config.paths import Paths
+from vllmd.config.values import printable
 from vllmd.ctl import files
 from vllmd.ctl import unit as units
 from vllmd.ctl.unit import UnitState
@@ -51,9 +52,9 @@ def status(paths: Paths, name: str | None, *, as_json: bool) -> int:
     if as_json:
         sys.stdout.write(json.dumps({"schema": 1, "instances": [as_dict(each) for each in found]}) + "\n")
     elif name:
-        sys.stdout.write("\n".join(screen(found[0], paths)) + "\n")
+        sys.stdout.write(printable("\n".join(screen(found[0], paths))) + "\n")
     else:
-        sys.stdout.write("\n".join(table(found, paths)) + "\n")
+        sys.stdout.write(printable("\n".join(table(found, paths))) + "\n")
     return NOT_SERVING if name and found[0].state not in SERVING else 0
 
 
