@@ -65,7 +65,7 @@ def forget(paths: Paths, name: str, *, asks: bool) -> int:
 def _refuse(paths: Paths, instance: str) -> None:
     for path in (paths.instance_config(instance), paths.config / f"{instance}.d"):
         if os.path.lexists(path):
-            raise UsageError("still_configured", f"{instance} has a configuration: {path}", f"stop it and remove that first: systemctl disable --now {units.unit(instance)}; rm -r {path}")
+            raise UsageError("still_configured", f"{instance} has a configuration: {path}", f"stop it and remove that first: systemctl{' --user' if paths.scope == 'user' else ''} disable --now {units.unit(instance)}; rm -r {path}")
     if _is_supervised(paths.instance_runtime(instance) / "lock"):
         raise TryLater("instance_runs", f"{instance} runs, although it has no configuration", f"{paths.vllmctl} stop {instance}")
 
