@@ -15,7 +15,7 @@ INSTANCE = "NAME"
 _FILES = ("FILE", "DIR", "PATH", "WHEELS", "PYTHON", "LOCK")
 LIST_INSTANCES = "for f in /etc/vllmd/*.yaml; do f=${f##*/}; f=${f%.yaml}; case $f in vllmd|\\*) ;; *) printf '%s\\n' \"$f\" ;; esac; done"
 PRESET = "PRESET|MODEL"
-LIST_PRESETS = "for f in /usr/share/vllmd/presets/*.yaml /etc/vllmd/presets/*.yaml; do f=${f##*/}; f=${f%.yaml}; case $f in \\*) ;; *) printf '%s\\n' \"$f\" ;; esac; done"
+LIST_PRESETS = "for f in /usr/share/vllmd/presets/*.yaml /usr/local/share/vllmd/presets/*.yaml /etc/vllmd/presets/*.yaml; do f=${f##*/}; f=${f%.yaml}; case $f in \\*) ;; *) printf '%s\\n' \"$f\" ;; esac; done"
 _HEAD = "Made from the command's own parser by the package's build."
 
 
@@ -156,7 +156,7 @@ def _fish_rows(name: str, where: str, command: Command) -> list[str]:
         rows.append(f"{start} -a '(string replace -rf \".*/(.*)\\.yaml\" \"\\$1\" /etc/vllmd/*.yaml | string match -v vllmd)'")
     if wants_preset(command):
         # `set`: to any other command a pattern without a match is an error.
-        rows.append(f"{start} -a '(set -l f /usr/share/vllmd/presets/*.yaml /etc/vllmd/presets/*.yaml; string replace -rf \".*/(.*)\\.yaml\" \"\\$1\" $f)'")
+        rows.append(f"{start} -a '(set -l f /usr/share/vllmd/presets/*.yaml /usr/local/share/vllmd/presets/*.yaml /etc/vllmd/presets/*.yaml; string replace -rf \".*/(.*)\\.yaml\" \"\\$1\" $f)'")
     if wants_file(command):
         rows.append(f"{start} -F")
     for option in command.options:
