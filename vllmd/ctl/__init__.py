@@ -45,6 +45,10 @@ def run(argv: Sequence[str]) -> int:
         from vllmd.ctl import gpu
 
         return gpu.main(rest[1:], paths)
+    if rest[:1] == ["doctor"]:
+        from vllmd.ctl import doctor
+
+        return doctor.main(rest[1:], paths)
     if rest[:1] == ["api-key"]:
         from vllmd.ctl import keys
 
@@ -81,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("cache", help="list|clear: the caches of compiled code", add_help=False)
     verbs.add_parser("gpu", help="every GPU of this host, its owner and its health; gpu clear lifts a quarantine", add_help=False)
     verbs.add_parser("model", help="presets|set|show|clear: which model an instance serves, chosen for this hardware", add_help=False)
+    verbs.add_parser("doctor", help="what is wrong with this host, and the command that mends it", add_help=False)
     verbs.add_parser("store", help="list|verify|rm|gc|pin|unpin|export|import: the models of this host", add_help=False)
     return top
 
