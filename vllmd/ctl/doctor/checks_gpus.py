@@ -16,10 +16,10 @@ _REBOOT = "systemctl reboot"
 _WATCH = "vllmd-gpu.service"
 
 
-def check(host: HostFacts, gpus: Host) -> Iterator[Finding]:
+def check(host: HostFacts, gpus: Host, vllmctl: str) -> Iterator[Finding]:
     yield from _driver(host, gpus)
     for seen in gpus.gpus:
-        yield from _gpu(seen)
+        yield from _gpu(seen, vllmctl)
 
 
 def _driver(host: HostFacts, gpus: Host) -> Iterator[Finding]:
@@ -37,12 +37,12 @@ def _driver(host: HostFacts, gpus: Host) -> Iterator[Finding]:
         yield Finding("device-missing", ", ".join(host.missing_devices), "the driver is loaded, and its device files are not there", "nvidia-modprobe -c 0 -u", "the unit's sandbox may not make them; nvidia-persistenced does at boot")
 
 
-def _gpu(seen: Seen) -> Iterator[Finding]:
+def _gpu(seen: Seen, vllmctl: str) -> Iterator[Finding]:
     where = f"GPU {seen.label}" if seen.index >= 0 else f"GPU {seen.uuid}"
     record = seen.quarantine
     if record is not None:
         since = f"is quarantined (class {record.cls}): {record.what or 'no reason is recorded'}"
-        yield Finding("gpu-quarantined", where, since, _lift(seen), todo(record))
+        yield Finding("gpu-quarantined", where, since, _lift(seen, f"{vllmctl} gpu clear"), todo(record))
     elif seen.lost == "reset_required" or seen.recovery_action in (1, 4):
         yield Finding("gpu-reset", where, "needs a reset", _reset(seen), seen.hint)
     elif seen.lost:
@@ -51,20 +51,21 @@ def _gpu(seen: Seen) -> Iterator[Finding]:
         yield Finding("gpu-sick", where, seen.verdict, command_in(seen.hint), seen.hint, severity="warning")
 
 
-def _lift(seen: Seen) -> str:
+def _lift(seen: Seen, clear: str) -> str:
     """What lifts the quarantine, whatever the driver still wants first."""
     record = seen.quarantine
-    clear = command("vllmctl", "gpu", "clear", seen.uuid)
     if record is None or seen.index < 0 or record.cls == "replace":  # a card that is not in the host any more; or one that a person must look at
-        return command("vllmctl", "gpu", "clear", "--force", seen.uuid)
+        return f"{clear} --force {command(seen.uuid)}"
     if record.cls == "reboot" or (seen.lost and seen.lost != "reset_required"):
         return _REBOOT
+    clear = f"{clear} {command(seen.uuid)}"
     return f"{_reset(seen)} && {clear}" if seen.lost or seen.recovery_action else clear
 
 
 def _reset(seen: Seen) -> str:
     """Nothing may use it, the watch included."""
-    return f"systemctl stop {_WATCH} && nvidia-smi --gpu-reset -i {seen.index} && systemctl start {_WATCH}"
+    using = command(*dict.fromkeys((*(each.unit for each in seen.holders if each.unit.startswith("vllmd@")), _WATCH)))
+    return f"systemctl stop {using} && nvidia-smi --gpu-reset -i {seen.index} && systemctl start {using}"
 
 
 def fits(instances: Sequence[InstanceFacts], found: Findings, timeout_s: float) -> Iterator[Finding]:

@@ -41,7 +41,7 @@ def check(paths: Paths, facts: PlaceFacts, service: Service | None) -> Iterator[
 def _configuration(place: Place, *, is_system: bool) -> Iterator[Finding | Unseen]:
     if place.error:
         yield Unseen(place.path, place.error)
-    elif not place.kind:
+    elif not place.kind and is_system:
         yield Finding("configuration-missing", place.path, "does not exist", command("mkdir", "-p", "-m", "0755", place.path))
     elif is_system and (place.uid != 0 or place.mode & _OTHERS_WRITE):
         mend = command("chown", "root", place.path) + " && " + command("chmod", "go-w", place.path)

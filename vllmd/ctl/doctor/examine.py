@@ -26,7 +26,7 @@ from vllmd.ctl.doctor import (
     gather_places,
     gather_units,
 )
-from vllmd.ctl.doctor.facts import HostFacts, InstanceFacts, SystemdFacts
+from vllmd.ctl.doctor.facts import Failure, HostFacts, InstanceFacts, SourceFacts, SystemdFacts
 from vllmd.ctl.doctor.finding import Finding, Unseen
 from vllmd.ctl.doctor.jobs import Job, Outcome
 from vllmd.ctl.files import Problem
@@ -94,7 +94,7 @@ class Examination:
                 self._add(checks_places.check(paths, found, host.service))
             self._add(self._disks(disks))
             if (seen := self._value(gpus, "the GPUs")) is not None:
-                self._add(checks_gpus.check(host, seen))
+                self._add(checks_gpus.check(host, seen, paths.vllmctl))
             self._add(checks_instances.configuration(instances, is_root=os.geteuid() == 0))
             if (ask := self._value(cuda, "CUDA")) is not None and not (seen and seen.stuck_in):
                 self._add(checks_gpus.fits(instances, ask, self._timeout_s))
@@ -102,7 +102,7 @@ class Examination:
                 if (within := self._value(job, f"the inside of vllmd@{name}.service")) is not None:
                     self._add(checks_instances.inside(within, host.service.user if host.service else "vllmd"))
             self._add(checks_instances.ports(self._value(ports, "the ports") or (), paths, host))
-            answers = [answer for (name, which), job in asked if (answer := self._value(job, f"{which}, for {name}"))]
+            answers = [_answer(name, which, job) for (name, which), job in asked]
             self._add(checks_instances.sources(answers, instances, paths))
         if systemd is not None:
             problems = self._value(self._start(partial(_problems, paths, systemd.names), min(FIRST_S, self._rest_s())), "how instances ended")
@@ -122,8 +122,7 @@ class Examination:
     def _sources(self, instances: Sequence[InstanceFacts], folder: str) -> list[tuple[tuple[str, str], Job[Any]]]:
         """The network, where an instance would ask it."""
         paths, jobs = self._paths, []
-        wanting = [each for each in instances if each.is_selected and each.failure is None]
-        for each in wanting:
+        for each in instances:
             for which in each.network:
                 environ = {"CREDENTIALS_DIRECTORY": folder} if paths.scope == "system" else {}
                 jobs.append(((each.name, which), self._start(partial(gather_instances.source, paths, each.name, which, environ), min(SOURCE_S, self._rest_s()))))
@@ -173,6 +172,13 @@ class Examination:
                 self._unseen.append(each)
             elif each not in self._found:
                 self._found.append(each)
+
+
+def _answer(name: str, which: str, job: Job[SourceFacts]) -> SourceFacts:
+    """Silence is an answer, too."""
+    outcome = job.outcome()
+    silence = Failure("source_unreachable", f"{which} for {name}: {outcome.why}", "Look at the network, and at the proxy's settings.")
+    return outcome.value or SourceFacts(name, which, "failed", failure=silence)
 
 
 def _names(paths: Paths) -> tuple[str, ...]:

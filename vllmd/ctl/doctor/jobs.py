@@ -49,7 +49,7 @@ class Job(Generic[T]):
         os.close(self._fd)
         _end(self._pid)
         if not is_whole:
-            return Outcome(why=f"no answer within {self.timeout_s:.0f} s")
+            return Outcome(why=f"no answer within {self.timeout_s:g} s")
         if not data:
             return Outcome(why="it ended without an answer")
         value, why = pickle.loads(data)  # of our own child
