@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
@@ -115,6 +116,16 @@ def test_a_port_of_somebody_else_is_named_with_the_process_that_has_it() -> None
         finally:
             squatter.kill()
             squatter.communicate()
+
+
+def test_an_instance_that_runs_by_hand_is_not_a_stranger_on_its_own_port() -> None:
+    with GpuHost(1) as host, host.instance("demo") as instance:
+        instance.wait_ready()
+        (host.root / "programs").mkdir()
+        found = doctor(host)
+        instance.signal(signal.SIGTERM)
+        instance.wait_exit()
+        assert not {"port-taken", "lock-held"} & set(found)
 
 
 def test_a_source_that_answers_nothing_is_left_at_its_deadline() -> None:

@@ -318,10 +318,12 @@ def test_a_refused_token_is_replaced_and_a_source_out_of_reach_is_not_asked() ->
     refused = SourceFacts("a", "hf-hub", "failed", failure=Failure("hub_token_refused", "the hub answers 401", "Make a new one.", 77))
     away = SourceFacts("b", "hf-hub", "failed", failure=Failure("source_unreachable", "no answer", "Look at the network.", 66))
     instances = [InstanceFacts("a", is_here=False), InstanceFacts("b", is_here=True)]
-    first, second = checks_instances.sources([refused, away], instances, SYSTEM)
+    first, second = checks(checks_instances.sources([refused, away], instances, SYSTEM)).values()
     assert (first.check, first.severity, first.asks) == ("credential-refused", "error", "a new token")
     assert first.mend.endswith("install -m 0600 /dev/stdin /etc/credstore/vllmd.hf-token")
     assert (second.check, second.severity) == ("source-unreachable", "warning"), "its model is here"
+    [unseen] = checks_instances.sources([refused], instances, SYSTEM, has_credentials=False)
+    assert isinstance(unseen, Unseen), "without root the unit's token was not sent"
 
 
 def test_a_device_that_the_service_may_not_open() -> None:

@@ -77,13 +77,18 @@ def _written(paths: Paths, instance: str, name: str, line: str) -> str:
     return f"mkdir -p -m 0755 {command(str(folder))} && printf '%s\\n' {command(line)} >{command(str(folder / name))}"
 
 
-def sources(found: Sequence[SourceFacts], instances: Sequence[InstanceFacts], paths: Paths) -> Iterator[Finding]:
+def sources(found: Sequence[SourceFacts], instances: Sequence[InstanceFacts], paths: Paths, *, has_credentials: bool = True) -> Iterator[Finding | Unseen]:
+    """`has_credentials`: those of the unit were sent; else nothing is said of them."""
     here = {each.name for each in instances if each.is_here}
     for each in found:
         failure = each.failure
         if failure is None:
             continue
-        finding = _credential(each, failure) or Finding("source-unreachable", each.source, failure.what, _offline(paths, each.instance), _way(failure), each.instance)
+        credential = _credential(each, failure)
+        if credential is not None and not has_credentials:
+            yield Unseen(f"whether {each.source} takes the credentials of {each.instance}", "they are root's")
+            continue
+        finding = credential or Finding("source-unreachable", each.source, failure.what, _offline(paths, each.instance), _way(failure), each.instance)
         if each.instance in here:  # what is here is served all the same
             finding = Finding(finding.check, finding.where, finding.what, finding.mend, finding.note, finding.instance, "warning", finding.asks)
         yield finding

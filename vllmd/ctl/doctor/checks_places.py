@@ -25,6 +25,9 @@ def check(paths: Paths, facts: PlaceFacts, service: Service | None) -> Iterator[
     yield from _configuration(facts.folders[0], is_system=paths.scope == "system")
     for place in facts.folders[1:]:
         yield from _folder(paths, place, owner)
+    for place in (*facts.keys, *facts.credentials, *facts.published, *facts.engines):
+        if place.error:
+            yield Unseen(place.path, place.error)
     for place in facts.keys:
         yield from _keys(place, owner)
     for place in facts.published:

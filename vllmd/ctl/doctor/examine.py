@@ -82,7 +82,7 @@ class Examination:
         rest = self._rest_s()
         places = self._start(partial(gather_places.look, paths), min(FIRST_S, rest))
         disks = {place: self._start(partial(gather_places.disk, *place), min(FIRST_S, rest)) for place in _disks(paths, instances)}
-        ports = self._start(partial(gather_instances.ports, instances), min(FIRST_S, rest))
+        ports = self._start(partial(gather_instances.ports, paths, instances), min(FIRST_S, rest))
         insides = [(each, self._start(partial(gather_inside.look, *each), min(FIRST_S, rest))) for each in self._insides(host, systemd, instances)]
         with gather_instances.credentials(paths) as folder:
             asked = self._sources(instances, folder)
@@ -103,7 +103,7 @@ class Examination:
                     self._add(checks_instances.inside(within, host.service.user if host.service else "vllmd"))
             self._add(checks_instances.ports(self._value(ports, "the ports") or (), paths, host))
             answers = [_answer(name, which, job) for (name, which), job in asked]
-            self._add(checks_instances.sources(answers, instances, paths))
+            self._add(checks_instances.sources(answers, instances, paths, has_credentials=paths.scope != "system" or os.geteuid() == 0))
         if systemd is not None:
             problems = self._value(self._start(partial(_problems, paths, systemd.names), min(FIRST_S, self._rest_s())), "how instances ended")
             self._add(checks_units.starts(systemd, problems or {}, paths.vllmctl))

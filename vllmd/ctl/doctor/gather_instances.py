@@ -16,8 +16,9 @@ from vllmd.config.settings import Model
 from vllmd.core.plan import ModelRequest
 from vllmd.ctl import unit as units
 from vllmd.ctl.doctor.facts import Failure, InstanceFacts, PortFacts, SourceFacts
-from vllmd.ctl.doctor.gather_places import CREDENTIAL_PREFIX, CREDSTORES
+from vllmd.ctl.doctor.gather_places import CREDENTIAL_PREFIX, CREDSTORES, supervisors
 from vllmd.errors import VllmdError
+from vllmd.models.inuse import Flocks
 
 _NAMES = ("hf-token", "s3-credentials")
 """Credentials that all instances share, as the unit loads them."""
@@ -67,12 +68,14 @@ def failure(error: VllmdError) -> Failure:
     return Failure(error.code, error.what, error.hint, int(error.status))
 
 
-def ports(instances: Sequence[InstanceFacts]) -> tuple[PortFacts, ...]:
+def ports(paths: Paths, instances: Sequence[InstanceFacts]) -> tuple[PortFacts, ...]:
     taken = {port for each in instances for _, port in each.endpoints}
-    return tuple(_port(each.name, host, port, taken) for each in instances for host, port in each.endpoints)
+    running = set(supervisors(paths, Flocks.read()).values())
+    return tuple(_port(each.name, host, port, taken, by_hand=paths.scope != "system" and each.name in running) for each in instances for host, port in each.endpoints)
 
 
-def _port(name: str, host: str, port: int, taken: set[int]) -> PortFacts:
+def _port(name: str, host: str, port: int, taken: set[int], *, by_hand: bool) -> PortFacts:
+    """`by_hand`: the instance runs, and has no unit that would tell its listener from others."""
     from vllmd.preflight import ports as probe
     from vllmd.preflight.attribution import attribute
 
@@ -87,7 +90,7 @@ def _port(name: str, host: str, port: int, taken: set[int]) -> PortFacts:
     pids = tuple(each.pid for claim in claims for each in claim.holders)
     comm = first.holders[0].comm if first.holders else ""
     unit = first.listener.unit
-    return PortFacts(name, host, port, verdict.value, unit, pids, comm, unit == units.unit(name), _free(host, port, taken))
+    return PortFacts(name, host, port, verdict.value, unit, pids, comm, by_hand or unit == units.unit(name), _free(host, port, taken))
 
 
 def _free(host: str, port: int, taken: set[int]) -> int:

@@ -41,7 +41,7 @@ def look(paths: Paths) -> PlaceFacts:
         published=tuple(place(each / CREDENTIALS) for each in _directories(paths.state / "public")),
         engines=tuple(map(place, (paths.engines, *_directories(paths.engines)))),
         locks=tuple((place(each), folder) for folder, each in locks),
-        held=tuple(_held([each for _, each in locks])),
+        held=tuple(_held(paths, [each for _, each in locks])),
     )
 
 
@@ -72,10 +72,17 @@ def _credentials() -> Iterable[Place]:
         yield from (place(each) for each in _inside(folder) if each.name.startswith(CREDENTIAL_PREFIX))
 
 
-def _held(locks: list[Path]) -> Iterable[HeldLock]:
+def supervisors(paths: Paths, flocks: Flocks) -> dict[int, str]:
+    """Instances that run, in a unit or by hand: pid -> name."""
+    return {pid: folder.name for folder in _directories(paths.runtime / "i") for pid in flocks.holders(folder / "lock")}
+
+
+def _held(paths: Paths, locks: list[Path]) -> Iterable[HeldLock]:
+    """By others than instances."""
     flocks = Flocks.read()
+    ours = supervisors(paths, flocks)
     for path in locks:
-        for pid in sorted(flocks.holders(path)):
+        for pid in sorted(flocks.holders(path) - ours.keys()):
             known = procfs.stat(pid)
             if known is not None:
                 yield HeldLock(str(path), pid, known.comm, cgroupnames.unit_of(procfs.cgroup(pid)))
