@@ -115,9 +115,9 @@ def plant(host: Host, port: int, hub_port: int) -> set[str]:
 def sick(host: Host) -> Iterator[Host]:
     try:
         yield host
-    finally:
+    finally:  # vllmd-gpu is wanted by an instance where /dev/kfd is there
         host.shell(
-            f"set +e; systemctl stop squatter 2>/dev/null; systemctl unmask --quiet vllmd@{MASKED}.service; systemctl --quiet disable vllmd@{NAME}.service 2>/dev/null"
+            f"set +e; systemctl stop squatter vllmd-gpu 2>/dev/null; systemctl unmask --quiet vllmd@{MASKED}.service; systemctl --quiet disable vllmd@{NAME}.service 2>/dev/null"
             f"; umount /var/cache/vllmd; rm -rf /dev/kfd /etc/credstore/vllmd.hf-token /var/lib/vllmd/gpus/* /etc/vllmd/{OTHER}.* /etc/systemd/journald.conf.d"
             f" /etc/systemd/system/vllmd@{NAME}.service.d /run/vllmd/locks/preflight.*; systemctl --quiet enable vllmd.target; rm -f /run/let-it-start; systemd-tmpfiles --create; systemctl daemon-reload; systemctl restart systemd-journald; true"
         )
