@@ -79,9 +79,9 @@ class Host:
     note: str = ""
 
 
-def look(paths: Paths, timeout_s: float = DRIVER_TIMEOUT_S) -> Host:
-    """Blocks for `timeout_s` at most."""
-    said = client.read_once(paths, timeout_s)
+def look(paths: Paths, timeout_s: float | None = None) -> Host:
+    """Blocks for `timeout_s` at most, or the driver's 45 s."""
+    said = client.read_once(paths, DRIVER_TIMEOUT_S if timeout_s is None else timeout_s)
     held, banned = leases.holders(paths), quarantine.read(paths, also=_text(said, "boot_id"))
     rows = said.get("gpus")
     gpus = tuple(_seen(each, held, banned) for each in (rows if isinstance(rows, list) else [])[:_GPUS] if isinstance(each, dict))
