@@ -15,6 +15,7 @@ from vllmd.errors import ConfigError
 if TYPE_CHECKING:  # only the watch needs them: 20 ms of every command otherwise
     from vllmd.core.faults import Signs
     from vllmd.core.pulse import Outcome, Rank
+    from vllmd.core.sizing import Wanted
 
 GUARD_FILE = "guard.json"
 """In the instance's runtime directory: the sums of the keys that hold now, for the engine (Access.guard_file)."""
@@ -153,6 +154,14 @@ class Counting(Protocol):
 
     def devices(self, context: Context) -> int | None:
         """On this host; 0 for an engine that was built for none, None where it cannot be told."""
+
+
+@runtime_checkable
+class Sizing(Protocol):
+    """An engine whose need of memory can be told before it is started."""
+
+    def sizing(self, context: Context) -> Wanted:
+        """What of the settings decides it."""
 
 
 class Reading(Protocol):

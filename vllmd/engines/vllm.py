@@ -35,6 +35,7 @@ from vllmd.errors import ConfigError, PermissionMissing
 
 if TYPE_CHECKING:
     from vllmd.core.faults import Signs
+    from vllmd.core.sizing import Wanted
 
 _DEFAULT_MEMORY_FRACTION = 0.92
 """vLLM's own --gpu-memory-utilization (0.32; it was 0.9 before)."""
@@ -124,6 +125,11 @@ class Vllm:
 
     def devices(self, context: Context) -> int | None:
         return vllm_check.devices(context)
+
+    def sizing(self, context: Context) -> Wanted:
+        from vllmd.engines.vllm_sizing import wanted
+
+        return wanted(context, self.memory_fraction(context))
 
     def compile_caches(self, context: Context) -> tuple[Path, ...]:
         return caches.compiled(caches.place(context))

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import select
 import signal
@@ -14,21 +13,19 @@ import socket
 import subprocess
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator
 
 from vllmd.config.paths import Paths
 from vllmd.config.settings import GpuWatch
 from vllmd.core.gpu_book import Book
 from vllmd.core.gpu_findings import Finding, is_same, moment, parse
 from vllmd.gpu import kmsg, quarantine, sampling
+from vllmd.gpu.ask import Snapshot, ask, document, object_of
 from vllmd.gpu.sampling import Options, Stage
 from vllmd.gpu.watch import Sources, Watch
 from vllmd.system.host import boot_id
 from vllmd.system.unixpath import short
 
-Snapshot = dict[str, Any]
-"""The GPU document (docs/gpu.md): {"schema": 1, "source", "gpus": [...], ...}."""
 ANSWER_S = 5.0
 """A host unit that has said nothing for this long after we connected is no help (stopped, or hung)."""
 GRACE_S = 1.0
@@ -187,23 +184,8 @@ async def _ended(task: asyncio.Task[None]) -> None:
 
 
 def _said(line: bytes) -> Finding | Snapshot | None:
-    words = _object(line)
+    words = object_of(line)
     return parse(words.get("finding")) or document(words.get("snapshot"))
-
-
-def _object(line: bytes) -> Mapping[str, Any]:
-    with contextlib.suppress(ValueError, RecursionError):
-        words = json.loads(line)
-        if isinstance(words, dict):
-            return words
-    return {}
-
-
-def document(words: object) -> Snapshot | None:
-    """None for what is no document. What stands in it is read as hostile where it is used."""
-    if not isinstance(words, dict) or words.get("schema") != 1 or not isinstance(words.get("gpus"), list):
-        return None
-    return {**words, "gpus": [gpu for gpu in words["gpus"] if isinstance(gpu, dict)]}
 
 
 # -- once, for commands and preflight
@@ -213,26 +195,8 @@ def read_once(paths: Paths, timeout_s: float) -> Snapshot:
     """One snapshot, blocking for `timeout_s` at most: from gpu.sock, else from a sampler child. Where the driver hangs,
     `stuck_in` names the call; where there is no GPU, `source` is 'none'. Never raises."""
     deadline = time.monotonic() + timeout_s
-    found = _ask_host(paths, min(timeout_s, ANSWER_S))
+    found = ask(paths, min(timeout_s, ANSWER_S))
     return found if found is not None and found.get("source") != "none" else _ask_child(paths, deadline)
-
-
-def _ask_host(paths: Paths, timeout_s: float) -> Snapshot | None:
-    deadline = time.monotonic() + timeout_s
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC) as link:
-        link.settimeout(timeout_s)
-        with short(paths.gpu_socket) as name:
-            link.connect(name)
-        link.sendall(b"GET /status HTTP/1.0\r\n\r\n")
-        data = bytearray()
-        while len(data) < _LINE_BYTES and (left := deadline - time.monotonic()) > 0:
-            link.settimeout(left)
-            if not (piece := link.recv(_CHUNK)):
-                break
-            data += piece
-        head, _, body = bytes(data).partition(b"\r\n\r\n")
-        return document(_object(body)) if b" 200 " in head.split(b"\r\n", 1)[0] else None
-    return None
 
 
 def _ask_child(paths: Paths, deadline: float) -> Snapshot:
@@ -243,7 +207,7 @@ def _ask_child(paths: Paths, deadline: float) -> Snapshot:
         name = stage.name if stage.since else ""
         stage.close()
     for line in output.splitlines():
-        if (found := document(_object(line).get("snapshot"))) is not None:
+        if (found := document(object_of(line).get("snapshot"))) is not None:
             return judged(found, paths)
     stuck = name or ("" if note else "the sampler itself")
     return {"schema": 1, "boot_id": boot_id(), "source": "none", "driver_version": "", "at": time.time(), "stuck_in": stuck, "gpus": [], "note": note}

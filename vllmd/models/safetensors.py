@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ def check(directory: Path, name: str) -> None:
         raise invalid(path, f"truncated: {missing} bytes are missing at its end", code="model_truncated")
     if position < data_bytes:
         raise invalid(path, f"corrupt: {data_bytes - position} bytes follow its last tensor", code="model_corrupt")
+
+
+def listed(path: Path, text: bytes) -> Iterator[tuple[str, str, tuple[int, ...], int]]:
+    """Name, type, shape and bytes of each tensor that a header names. ModelInvalid, naming the file."""
+    for tensor, entry in _parse(path, text).items():
+        if tensor != "__metadata__":
+            begin, end = _span(path, tensor, entry)
+            yield tensor, entry["dtype"], tuple(entry["shape"]), end - begin
 
 
 def _read(path: Path) -> tuple[dict[str, Any], int]:

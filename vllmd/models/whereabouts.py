@@ -31,6 +31,13 @@ def whereabouts(request: ModelRequest, settings: Model, environ: Mapping[str, st
     return f"not here; will be downloaded if {' or '.join(later)} has it" if later else "not here, and no network source is to be asked"
 
 
+def directory(request: ModelRequest, settings: Model, environ: Mapping[str, str]) -> Path | None:
+    """The first place on this host that should hold it, whatever a start would ask before; None where it is not here."""
+    context = Context(dataclasses.replace(settings, offline=True), environ)
+    names = [name for name in (("local",) if request.path else request.sources) if name not in sources.NETWORK]
+    return next((found for name in names if (found := _first(name, request, context)) is not None), None)
+
+
 def _first(name: str, request: ModelRequest, context: Context) -> Path | None:
     try:
         finding = sources.get(name).find(request, context)
