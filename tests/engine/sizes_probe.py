@@ -1,5 +1,8 @@
 """Runs in the engine's own Python: loads each model that stdin names, and says what it takes. One process, since the imports take longest.
 
+The weights are counted when they are loaded, and before the CPU build packs them anew for its kernels: where the pages of those are, nothing tells, and
+its log, unlike that of a GPU, has no line about them.
+
 stdin: {"cases": [{"name", "model", "dtype", "length", "more": {...}}]}; the answers are lines beginning with SIZES.
 """
 
@@ -10,23 +13,38 @@ import json
 import sys
 from typing import Any
 
+_loaded: list[int] = []
+
+
+def _count_when_loaded() -> None:
+    from vllm.model_executor.model_loader import base_loader  # type: ignore[import-not-found, unused-ignore]
+
+    before = base_loader.process_weights_after_loading
+
+    def counted(model: Any, *rest: Any, **more: Any) -> Any:
+        parameters = {id(each): each for each in model.parameters()}.values()
+        _loaded.append(sum(each.numel() * each.element_size() for each in parameters))
+        return before(model, *rest, **more)
+
+    base_loader.process_weights_after_loading = counted
+
 
 def sizes(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM  # type: ignore[import-not-found, unused-ignore]
 
     engine = LLM(case["model"], dtype=case["dtype"], max_model_len=case["length"], skip_tokenizer_init=True, enforce_eager=True, **case["more"])
     config = engine.llm_engine.vllm_config.cache_config
-    weights = engine.apply_model(lambda model: sum(each.numel() * each.element_size() for each in {id(each): each for each in model.parameters()}.values()))
-    found = {"weights": weights[0], "tokens": config.kv_cache_size_tokens, "blocks": config.num_gpu_blocks, "block": config.block_size}
+    found = {"weights": _loaded.pop(), "tokens": config.kv_cache_size_tokens, "blocks": config.num_gpu_blocks, "block": config.block_size}
     engine.llm_engine.engine_core.shutdown()
     return found
 
 
 def main() -> None:
+    _count_when_loaded()
     for case in json.load(sys.stdin)["cases"]:
         try:
             said = sizes(case)
-        except Exception as error:  # noqa: BLE001 - the others are still worth asking
+        except Exception as error:
             said = {"error": f"{type(error).__name__}: {error}"}
         print("SIZES", json.dumps({"name": case["name"], **said}), flush=True)
         gc.collect()

@@ -89,10 +89,10 @@ def _busy(found: Estimate, device: Device, budget: int) -> str:
 
 
 def _free(found: Estimate, device: Device) -> Iterator[str]:
-    if device.is_cpu:
-        yield "free memory of the host (`vllmctl status` shows what instances have), or lower VLLM_CPU_KVCACHE_SPACE or serve.gpu_memory_utilization"
+    if device.is_cpu and found.wanted.kv_bytes:
+        yield "free memory of the host (`vllmctl status` shows what instances have), or lower VLLM_CPU_KVCACHE_SPACE"
         return
-    yield "end what uses it: `vllmctl gpu` shows who has it"
+    yield "free memory of the host" if device.is_cpu else "end what uses it: `vllmctl gpu` shows who has it"
     share = math.floor(device.free / device.total * 100 - 1) / 100
     if share > 0 and found.needed <= device.total * share:
         yield f"or set serve.gpu_memory_utilization: {share:g}"

@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from vllmd.core.architecture import Architecture
 
@@ -22,8 +23,11 @@ _KEPT = re.compile(r"scale|zero|g_idx|A_log|e_score_correction")
 _COPIED = re.compile(r"norm|\.gate\.weight$|router|kv_a_proj|q_a_proj|fused_qkv_a|e_score|shared_expert_gate|position_embeddings|wpe\.")
 _EMBEDDING = re.compile(r"embed_tokens|\bwte\b|word_embeddings|tok_embeddings|embed_in\b")
 _HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.")
+_LAST = re.compile(r"(?:^|\.)(?:norm|ln_f|final_layernorm|final_layer_norm)\.(?:weight|bias)$")
 _KEYS = re.compile(r"\.(?:k_proj|v_proj|key|value)\.")
 _LINEAR = re.compile(r"_proj|experts|fc\d|dense|query_key_value|\bw[123]\b|c_attn|c_proj|c_fc")
+_LONGEST = 300
+"""Of a name, what is looked at."""
 _VOCAB_PADDING = 64
 """Rows of embeddings are made a multiple of that."""
 
@@ -75,28 +79,66 @@ class Weights:
         return math.ceil(sum(share.total for share in (*self.layers.values(), self.embedding, self.head, self.rest)))
 
 
+@dataclass(frozen=True, slots=True)
+class _Traits:
+    """What a name says, whatever the numbers in it: expert 17 of layer 40 is as any other."""
+
+    is_layer: bool
+    is_skipped: bool
+    is_kept: bool
+    is_copied: bool
+    is_embedding: bool
+    is_head: bool
+    is_last: bool
+    is_keys: bool
+    is_linear: bool
+
+
+_DIGITS = re.compile(r"\.\d+\.")
+
+
+@lru_cache(maxsize=4096)
+def _named(name: str) -> _Traits:
+    in_tower = bool(_TOWER.search(name))
+    is_layer = not in_tower and bool(_LAYER.search(name))
+    return _Traits(
+        is_layer=is_layer,
+        is_skipped="rotary_emb" in name or name.startswith("mtp."),
+        is_kept=bool(_KEPT.search(name)),
+        is_copied=bool(_COPIED.search(name)),
+        is_embedding=not is_layer and bool(_EMBEDDING.search(name)),
+        is_head=not is_layer and bool(_HEAD.search(name)),
+        is_last=not is_layer and not in_tower and bool(_LAST.search(name)),
+        is_keys=not in_tower and bool(_KEYS.search(name)),
+        is_linear=bool(_LINEAR.search(name)),
+    )
+
+
+def _traits(name: str) -> _Traits:
+    return _named(_DIGITS.sub(".0.", name[:_LONGEST]))
+
+
 def count(tensors: Iterable[Tensor], model: Architecture, float_bytes: int, online_bits: int = 0) -> Weights:
     """`float_bytes` of each element that is loaded in the model's own type. `online_bits`: linear layers are quantised to that while
     they are loaded (0: they stay as they are)."""
-    layers: dict[int, Share] = {}
-    places = {"embedding": Share(), "head": Share(), "rest": Share()}
+    layers: dict[int, list[float]] = {}
+    places = {"embedding": [0.0] * 3, "head": [0.0] * 3, "rest": [0.0] * 3}
     linear = 0.0
     last = len(model.layers)
     for tensor in tensors:
-        number = _layer_of(tensor.name)
-        if "rotary_emb" in tensor.name or tensor.name.startswith("mtp.") or (last and number is not None and number >= last):
-            continue  # computed, or drafts of tokens to come: not loaded
-        if model.is_tied and _HEAD.search(tensor.name) and number is None:
-            continue
-        held = _held(tensor, float_bytes, online_bits)
-        share = _share(tensor, held)
-        if number is not None:
-            layers[number] = layers.get(number, Share()) + share
-            linear += held if tensor.dtype in FLOATS and _is_linear(tensor) else 0.0
+        traits = _traits(tensor.name)
+        number = _layer_of(tensor.name) if traits.is_layer else None
+        if traits.is_skipped or (last and number is not None and number >= last) or (model.is_tied and traits.is_head):
+            continue  # computed, or drafts of tokens to come: not loaded; or the embeddings again
+        held = _held(tensor, traits, float_bytes, online_bits)
+        if number is None:
+            at = places["embedding" if traits.is_embedding else "head" if traits.is_head or traits.is_last else "rest"]
         else:
-            place = "embedding" if _EMBEDDING.search(tensor.name) else "head" if _HEAD.search(tensor.name) else "rest"
-            places[place] += share
-    return Weights(layers, places["embedding"], places["head"], places["rest"], linear, model.is_tied)
+            at = layers.setdefault(number, [0.0] * 3)
+            linear += held if tensor.dtype in FLOATS and _is_linear(tensor, traits) else 0.0
+        at[_share(tensor, traits)] += held
+    shares = {name: Share(*sums) for name, sums in places.items()}
+    return Weights({number: Share(*sums) for number, sums in layers.items()}, shares["embedding"], shares["head"], shares["rest"], linear, model.is_tied)
 
 
 def of_files(size: int, model: Architecture) -> Weights:
@@ -144,35 +186,34 @@ def common_float(tensors: Iterable[Tensor]) -> str:
 def key_rows(tensors: Iterable[Tensor]) -> int:
     """Rows of the first key projection that is not quantised or packed; 0 where there is none."""
     for tensor in tensors:
-        if tensor.name.endswith("k_proj.weight") and tensor.dtype in FLOATS and len(tensor.shape) == 2 and _layer_of(tensor.name) is not None:
+        if tensor.name.endswith("k_proj.weight") and tensor.dtype in FLOATS and len(tensor.shape) == 2 and _traits(tensor.name).is_layer:
             return tensor.shape[0]
     return 0
 
 
 def _layer_of(name: str) -> int | None:
-    if _TOWER.search(name):
-        return None
     match = _LAYER.search(name)
     return int(match[1]) if match else None
 
 
-def _is_linear(tensor: Tensor) -> bool:
-    return len(tensor.shape) > 1 and bool(_LINEAR.search(tensor.name)) and not _COPIED.search(tensor.name)
+def _is_linear(tensor: Tensor, traits: _Traits) -> bool:
+    return len(tensor.shape) > 1 and traits.is_linear and not traits.is_copied
 
 
-def _held(tensor: Tensor, float_bytes: int, online_bits: int) -> float:
+def _held(tensor: Tensor, traits: _Traits, float_bytes: int, online_bits: int) -> float:
     """Bytes in memory."""
-    if tensor.dtype not in FLOATS or _KEPT.search(tensor.name):
+    if tensor.dtype not in FLOATS or traits.is_kept:
         return float(tensor.bytes)
     elements = math.prod(tensor.shape)
-    if (_EMBEDDING.search(tensor.name) or _HEAD.search(tensor.name)) and len(tensor.shape) == 2:
+    if (traits.is_embedding or traits.is_head) and len(tensor.shape) == 2:
         elements = -(-tensor.shape[0] // _VOCAB_PADDING) * _VOCAB_PADDING * tensor.shape[1]
-    elif online_bits and _is_linear(tensor):
+    elif online_bits and _is_linear(tensor, traits):
         return elements * online_bits / 8
     return float(elements * float_bytes)
 
 
-def _share(tensor: Tensor, held: float) -> Share:
-    if len(tensor.shape) < 2 or _COPIED.search(tensor.name):
-        return Share(copied=held)
-    return Share(keys=held) if _KEYS.search(tensor.name) and not _TOWER.search(tensor.name) else Share(split=held)
+def _share(tensor: Tensor, traits: _Traits) -> int:
+    """Which field of a Share."""
+    if len(tensor.shape) < 2 or traits.is_copied:
+        return 2
+    return 1 if traits.is_keys else 0

@@ -57,6 +57,10 @@ def run(argv: Sequence[str]) -> int:
         from vllmd.ctl import backup
 
         return backup.main(rest[1:], paths)
+    if rest[:2] == ["model", "plan"]:
+        from vllmd.ctl import model_plan
+
+        return model_plan.main(rest[2:], paths)
     arguments = _parser().parse_args(rest)
     return _perform(arguments, paths)
 

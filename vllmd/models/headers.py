@@ -11,7 +11,6 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +25,6 @@ from vllmd.models.sources import Offered
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 16 << 20, 64 << 20
 MAX_HEADERS_BYTES = 256 << 20
 """Of all files; the largest model today has 20 MB."""
-_FIRST_BYTES = 64 << 10
 _INDEX = "model.safetensors.index.json"
 
 
@@ -50,6 +48,8 @@ class Files(Protocol):
     origin: str
     revision: str
     sizes: Mapping[str, int]
+    first_bytes: int
+    """How much of a file is asked for before its header's length is known."""
 
     def read(self, wanted: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """(name, begin, end) each, within the file's size."""
@@ -76,17 +76,18 @@ def local(directory: Path, most_header_bytes: int = MAX_HEADERS_BYTES) -> Facts:
         return of(_Local(directory), most_header_bytes)
 
 
-@contextmanager
-def remote(offered: Offered, environ: Mapping[str, str]) -> Iterator[Facts]:
+def remote(offered: Offered, environ: Mapping[str, str]) -> Facts:
     """Asks for pieces of files only."""
     from vllmd.models.transfer.pieces import Pieces
 
     with Pieces(offered.transport, offered.listing.origin, environ) as pieces:
-        yield of(_Remote(offered, pieces))
+        return of(_Remote(offered, pieces))
 
 
 class _Local:
     """A directory. Links are followed: a hub cache is made of them."""
+
+    first_bytes = 4096
 
     def __init__(self, directory: Path) -> None:
         self.origin, self.revision = str(directory), ""
@@ -115,6 +116,10 @@ class _Local:
 
 
 class _Remote:
+    """What a source offers. Most headers come with the first answer: a second would take as long again."""
+
+    first_bytes = 64 << 10
+
     def __init__(self, offered: Offered, pieces: Any) -> None:
         self.origin, self.revision = offered.listing.origin, offered.listing.revision
         self._files: dict[str, RemoteFile] = {file.name: file for file in offered.listing.files if "/" not in file.name}
@@ -187,7 +192,7 @@ def _one_gguf(files: Files, names: list[str]) -> tuple[list[str], list[str]]:
 
 def _headers(files: Files, names: list[str], most: int) -> dict[str, bytes] | None:
     """Of each file; None where they are longer than `most` together."""
-    first = files.read([(name, 0, min(_FIRST_BYTES, files.sizes[name])) for name in names])
+    first = files.read([(name, 0, min(files.first_bytes, files.sizes[name])) for name in names])
     lengths = {name: _length(files, name, data) for name, data in zip(names, first, strict=True)}
     if sum(lengths.values()) > min(most, MAX_HEADERS_BYTES):
         return None

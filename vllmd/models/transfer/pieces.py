@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ssl
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from vllmd.models.transfer.client import Answer, Client
 from vllmd.models.transfer.watch import Watch
 
 ATTEMPTS = 3
+BACK_OFF_S = 0.5
 _LOOK_S = 0.1
 
 
@@ -35,9 +35,8 @@ class Piece:
 class Pieces:
     """Of one listing. `read_bytes` is what came of bodies so far. Use as a context: connections are kept within."""
 
-    def __init__(self, transport: Transport, origin: str, environ: Mapping[str, str], *, stall_s: float = 30.0, back_off_s: float = 0.5, threads: int = 8) -> None:
+    def __init__(self, transport: Transport, origin: str, environ: Mapping[str, str], *, stall_s: float = 30.0, threads: int = 8) -> None:
         self._transport, self._origin, self._environ = transport, origin, environ
-        self._back_off_s = back_off_s
         self._watch = Watch(stall_s)
         self._secure: ssl.SSLContext = tls.context(environ)
         self._mine = threading.local()
@@ -58,23 +57,22 @@ class Pieces:
 
     def get(self, wanted: Sequence[Piece]) -> list[bytes]:
         """In the order that was asked. SourceUnavailable, PermissionMissing, ModelNotFound as a download has them."""
-        pending = {self._pool.submit(self._one, piece) for piece in wanted if piece.end > piece.begin}
-        futures: dict[Piece, Future[tuple[Piece, bytes]]] = {}
-        left: set[Future[tuple[Piece, bytes]]] = set(pending)
+        futures = [self._pool.submit(self._one, piece) for piece in wanted]
+        left: set[Future[bytes]] = set(futures)
         while left:
             done, left = wait(left, _LOOK_S, FIRST_EXCEPTION)
             self._watch.look()
             for future in done:
-                piece, data = future.result()
-                futures[piece] = future
-                self.read_bytes += len(data)
-        return [futures[piece].result()[1] if piece in futures else b"" for piece in wanted]
+                self.read_bytes += len(future.result())
+        return [future.result() for future in futures]
 
-    def _one(self, piece: Piece) -> tuple[Piece, bytes]:
+    def _one(self, piece: Piece) -> bytes:
+        if piece.end <= piece.begin:
+            return b""
         failures = 0
         while True:
             try:
-                return piece, self._attempt(piece)
+                return self._attempt(piece)
             except (OSError, Again, ssl.SSLError) as error:
                 failures += 1
                 reason = error.reason if isinstance(error, Again) else str(error) or type(error).__name__
@@ -82,7 +80,7 @@ class Pieces:
                     what = f"{piece.file.name} of {self._origin} could not be read: {reason} ({failures} attempts)"
                     raise SourceUnavailable("source_unavailable", what, "Look at the network and at the server.") from error
                 after_s = error.after_s if isinstance(error, Again) else 0.0
-                self._ended.wait(min(max(answers.back_off(failures, self._back_off_s), after_s), 10.0))
+                self._ended.wait(min(max(answers.back_off(failures, BACK_OFF_S), after_s), 10.0))
 
     def _attempt(self, piece: Piece) -> bytes:
         answer = self._client().get(self._transport.request(piece.file, piece.begin, piece.end))
@@ -103,10 +101,9 @@ class Pieces:
             self._refused(asked, answer)
         skipped = piece.begin - answers.begins_at(asked, status, answer.head.headers)
         count = piece.end - piece.begin
-        began = time.monotonic()
         data = answer.connection.short_body(answer.head, skipped + count)[skipped : skipped + count]
         if len(data) < count:
-            raise Again(f"{answer.host} sent {len(data)} bytes instead of {count} in {time.monotonic() - began:.0f} s")
+            raise Again(f"{answer.host} sent {len(data)} bytes instead of {count}")
         return data
 
     def _refused(self, asked: Asked, answer: Answer) -> None:
