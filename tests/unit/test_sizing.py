@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from typing import Any
+from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -16,8 +17,11 @@ from tests.unit.sizing_cases import GIB, KNOWN, Known
 from vllmd.core import architecture, sizing, weights
 from vllmd.core.architecture import Architecture, Layer
 from vllmd.core.sizing import Estimate, Wanted, estimate
-from vllmd.core.sizing_verdict import Case, Device, Verdict, budget_of, judge, smallest_gpu
+from vllmd.core.sizing_verdict import Case, Device, Verdict, Word, budget_of, judge, smallest_gpu
 from vllmd.core.weights import Tensor, Weights
+from vllmd.models.headers import Facts
+from vllmd.preflight import sizing_show
+from vllmd.preflight.sizing import size_up
 
 pytestmark = pytest.mark.unit
 
@@ -214,6 +218,15 @@ def test_nothing_to_compare_with() -> None:
     assert (verdict.word, verdict.advice) == ("unknown", ())
     _, _, found = counted(cases.LLAMA_8B, KNOWN[0].tensors, Wanted(max_model_len=8192))
     assert smallest_gpu(found) == 24
+
+
+def test_what_programs_are_told_is_documented() -> None:
+    sized = size_up(Facts("here", cases.LLAMA_8B, tuple(KNOWN[0].tensors), 1, 1), Wanted(), H100, 1)
+    page = (Path(__file__).parents[2] / "docs/sizing.md").read_text(encoding="utf-8")
+    document = sizing_show.as_dict(sized)
+    keys = [*document, *document["device"], *document["model"], *document["source"], *get_args(Word)]
+    assert [key for key in keys if f"`{key}`" not in page] == []
+    assert next(iter(sizing_show.verdict(sized))).startswith("fits: 32.68 GiB of 73.60 GiB; the KV cache has room for ")
 
 
 # -- laws

@@ -188,7 +188,9 @@ def smallest_gpu(found: Estimate, sizes: Sequence[int] = (8, 12, 16, 24, 32, 40,
 
 
 def gib(count: float) -> str:
-    """As people read it: 14.96 GiB; small ones in MiB."""
+    """As people read it: 14.96 GiB; small ones in MiB or KiB."""
+    if count < 1 << 20:
+        return f"{count / 1024:.0f} KiB"
     if count < GIB:
         return f"{count / (1 << 20):.1f} MiB" if count < 100 << 20 else f"{count / (1 << 20):.0f} MiB"
     return f"{count / GIB:.2f} GiB" if count < 100 * GIB else f"{count / GIB:.0f} GiB"
