@@ -23,8 +23,8 @@ from vllmd.models.remote import RemoteFile
 from vllmd.models.sources import Offered
 
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 16 << 20, 64 << 20
-MAX_HEADERS_BYTES = 256 << 20
-"""Of all files; the largest model today has 20 MB."""
+MAX_HEADERS_BYTES = 64 << 20
+"""Of all files; the largest models today have 20 MB."""
 _INDEX = "model.safetensors.index.json"
 
 
