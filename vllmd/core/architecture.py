@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Kind = Literal["full", "window", "chunk", "mla", "state", "none"]
 MAX_LAYERS = 10_000
@@ -31,8 +31,7 @@ _ENCODERS = frozenset({"bert", "roberta", "xlm-roberta", "modernbert", "nomic_be
 _LINEAR = frozenset({"linear_attention", "mamba", "conv", "short_conv", "recurrent"})
 
 
-@dataclass(frozen=True, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """What one layer keeps. Of a token: keys and values of `heads` heads (`mla`: one latent vector, whatever the parallelism);
     `span` is the window or chunk beyond which nothing is kept. `state`: elements that are kept of a whole request."""
 
@@ -103,7 +102,7 @@ def corrected(found: Architecture, key_rows: int) -> Architecture:
     if len({(layer.heads, layer.size) for layer in found.layers if layer.kind in ("full", "window", "chunk")}) > 1:
         return found  # two kinds of heads on purpose
     size = 2 * key_rows // full.heads
-    layers = tuple(replace(layer, size=size) if layer.kind in ("full", "window", "chunk") else layer for layer in found.layers)
+    layers = tuple(layer._replace(size=size) if layer.kind in ("full", "window", "chunk") else layer for layer in found.layers)
     return replace(found, layers=layers, notes=(*found.notes, f"its tensors have heads of {size // 2}, and config.json says otherwise"))
 
 
@@ -124,8 +123,8 @@ def _layers(words: Mapping[str, Any], family: str, count: int, heads: int, hidde
     wide = Layer("full", _number(words.get("num_global_key_value_heads")) or own.heads, 2 * _number(words.get("global_head_dim")) or own.size)
     shared = max(0, count - _number(words.get("num_kv_shared_layers"))) if _number(words.get("num_kv_shared_layers")) else count
     state = Layer("state", state=_state(words))
-    made = {"full": wide, "window": replace(own, kind="window", span=_number(words.get("sliding_window"))),
-            "chunk": replace(own, kind="chunk", span=_number(words.get("attention_chunk_size"))), "state": state, "none": Layer("none")}  # fmt: skip
+    made = {"full": wide, "window": own._replace(kind="window", span=_number(words.get("sliding_window"))),
+            "chunk": own._replace(kind="chunk", span=_number(words.get("attention_chunk_size"))), "state": state, "none": Layer("none")}  # fmt: skip
     return tuple(made[kind] if index < shared else made["none"] for index, kind in enumerate(_kinds(words, count)))
 
 

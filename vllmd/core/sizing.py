@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllmd.core import weights as shares
 from vllmd.core.architecture import SIZES, Architecture, Layer
@@ -70,16 +71,14 @@ class Wanted:
         return self.requests or (128 * self.gpus if self.is_cpu else 1024 if self.gpu_bytes >= 70 * GIB else 256)
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
-    """`count` groups of layers that share their blocks, one page a block each; `layer` is one of them."""
+class Group(NamedTuple):
+    """`number` groups of layers that share their blocks, one page a block each; `layer` is one of them."""
 
     layer: Layer
-    count: int
+    number: int
 
 
-@dataclass(frozen=True, slots=True)
-class Cache:
+class Cache(NamedTuple):
     """How the KV cache of one GPU is laid out. `page` is the bytes of a block in all layers of one group."""
 
     groups: tuple[Group, ...]
@@ -89,7 +88,7 @@ class Cache:
 
     def blocks(self, length: int) -> int:
         """That one request of this length takes."""
-        return sum(group.count * _pages(group.layer, length, self.block, self.in_flight) for group in self.groups)
+        return sum(group.number * _pages(group.layer, length, self.block, self.in_flight) for group in self.groups)
 
     def bytes(self, length: int) -> int:
         return self.blocks(length) * self.page
@@ -111,8 +110,7 @@ class Cache:
 NO_CACHE = Cache((), 0, 1, 0)
 
 
-@dataclass(frozen=True, slots=True)
-class Estimate:
+class Estimate(NamedTuple):
     """Of the GPU that needs the most. `length` is the request that the cache is reckoned for: the longest that may be asked."""
 
     weights: int
@@ -139,7 +137,7 @@ class Estimate:
     @property
     def per_token(self) -> int:
         """Bytes of one more token, beyond every window."""
-        return self.cache.page * sum(group.count for group in self.cache.groups if group.layer.kind in ("full", "mla")) // self.cache.block
+        return self.cache.page * sum(group.number for group in self.cache.groups if group.layer.kind in ("full", "mla")) // self.cache.block
 
 
 def estimate(model: Architecture, held: Weights, wanted: Wanted, dtype: str = "") -> Estimate:

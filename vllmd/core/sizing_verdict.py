@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from vllmd.core.architecture import Architecture
 from vllmd.core.sizing import GIB, Estimate, Wanted, estimate
@@ -30,8 +30,7 @@ class Device:
     is_cpu: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """`budget`: bytes of the device that the engine takes. `room`: tokens that the cache will hold in all. `advice`: each line one way."""
 
     word: Word
@@ -41,8 +40,7 @@ class Verdict:
     advice: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Case:
+class Case(NamedTuple):
     """What was estimated, from what; `weigh` makes the weights anew for another dtype or parallelism."""
 
     model: Architecture
@@ -160,7 +158,7 @@ def _variants(case: Case, found: Estimate, device: Device, budget: int) -> Itera
     for bits, name in _VARIANTS:
         part = found.weights * case.weights.linear / max(case.weights.total, 1)
         weights = math.ceil(found.weights - part + part * bits / (8 * _bytes(found)))
-        smaller = replace(found, weights=weights)
+        smaller = found._replace(weights=weights)
         length = _rounded(smaller.cache.longest(budget - smaller.fixed, found.length)) if budget > smaller.fixed else 0
         if smaller.needed <= budget:
             yield f"take {name} of the model (about {gib(weights)} of weights on each {'host' if device.is_cpu else 'GPU'})"

@@ -12,28 +12,29 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from vllmd.core.architecture import Architecture
 
 FLOATS = frozenset({"F64", "F32", "F16", "BF16"})
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|block)\.(\d{1,5})\.")
-_TOWER = re.compile(r"vision|visual|audio|image|mm_proj|multi_modal|multimodal|\bvit\b|speech")
-_KEPT = re.compile(r"scale|zero|g_idx|A_log|e_score_correction")
+# Words of names, and no expressions: ten of those take as long to compile as the rest of `vllmd check`.
+_TOWER = ("vision", "visual", "audio", "image", "mm_proj", "multi_modal", "multimodal", "vit.", "speech")
+_KEPT = ("scale", "zero", "g_idx", "A_log", "e_score_correction")
 """Stays in the type that the file has."""
-_COPIED = re.compile(r"norm|\.gate\.weight$|router|kv_a_proj|q_a_proj|fused_qkv_a|e_score|shared_expert_gate|position_embeddings|wpe\.")
-_EMBEDDING = re.compile(r"embed_tokens|\bwte\b|word_embeddings|tok_embeddings|embed_in\b")
-_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out|output)\.")
-_LAST = re.compile(r"(?:^|\.)(?:norm|ln_f|final_layernorm|final_layer_norm)\.(?:weight|bias)$")
-_KEYS = re.compile(r"\.(?:k_proj|v_proj|key|value)\.")
-_LINEAR = re.compile(r"_proj|experts|fc\d|dense|query_key_value|\bw[123]\b|c_attn|c_proj|c_fc")
+_COPIED = ("norm", ".gate.weight", "router", "kv_a_proj", "q_a_proj", "fused_qkv_a", "e_score", "shared_expert_gate", "position_embeddings", "wpe.")
+_EMBEDDING = ("embed_tokens", "wte.", "word_embeddings", "tok_embeddings", "embed_in.")
+_HEAD = ("lm_head.", "embed_out.", "output.")
+_LAST = ("norm.", "ln_f.", "final_layernorm.", "final_layer_norm.")
+_KEYS = (".k_proj.", ".v_proj.", ".key.", ".value.")
+_LINEAR = ("_proj", "experts", "fc1", "fc2", "dense", "query_key_value", ".w1.", ".w2.", ".w3.", "c_attn", "c_fc")
 _LONGEST = 300
 """Of a name, what is looked at."""
 _VOCAB_PADDING = 64
 """Rows of embeddings are made a multiple of that."""
 
 
-@dataclass(frozen=True, slots=True)
-class Tensor:
+class Tensor(NamedTuple):
     """One tensor of a header. `dtype` as safetensors names it."""
 
     name: str
@@ -42,16 +43,12 @@ class Tensor:
     bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):
     """Bytes of one place: shared out, shared out as far as there are key heads, on every GPU."""
 
     split: float = 0.0
     keys: float = 0.0
     copied: float = 0.0
-
-    def __add__(self, other: Share) -> Share:
-        return Share(self.split + other.split, self.keys + other.keys, self.copied + other.copied)
 
     def per_gpu(self, tensor_parallel: int, key_heads: int) -> float:
         return self.split / tensor_parallel + self.keys / min(tensor_parallel, max(key_heads, 1)) + self.copied
@@ -61,15 +58,18 @@ class Share:
         return self.split + self.keys + self.copied
 
 
+NOTHING = Share()
+
+
 @dataclass(frozen=True, slots=True)
 class Weights:
     """Where the bytes are. `linear` is that part of them which a quantised variant would have smaller; `is_exact`: counted tensor by
     tensor, and not from the sizes of files."""
 
     layers: Mapping[int, Share] = field(default_factory=dict)
-    embedding: Share = Share()
-    head: Share = Share()
-    rest: Share = Share()
+    embedding: Share = NOTHING
+    head: Share = NOTHING
+    rest: Share = NOTHING
     linear: float = 0.0
     is_tied: bool = False
     is_exact: bool = True
@@ -79,8 +79,7 @@ class Weights:
         return math.ceil(sum(share.total for share in (*self.layers.values(), self.embedding, self.head, self.rest)))
 
 
-@dataclass(frozen=True, slots=True)
-class _Traits:
+class _Traits(NamedTuple):
     """What a name says, whatever the numbers in it: expert 17 of layer 40 is as any other."""
 
     is_layer: bool
@@ -99,19 +98,24 @@ _DIGITS = re.compile(r"\.\d+\.")
 
 @lru_cache(maxsize=4096)
 def _named(name: str) -> _Traits:
-    in_tower = bool(_TOWER.search(name))
+    in_tower = _has(name, _TOWER)
     is_layer = not in_tower and bool(_LAYER.search(name))
+    last = name.removeprefix("language_").removeprefix("model.").removeprefix("language_model.").removeprefix("model.").removeprefix("transformer.")
     return _Traits(
         is_layer=is_layer,
         is_skipped="rotary_emb" in name or name.startswith("mtp."),
-        is_kept=bool(_KEPT.search(name)),
-        is_copied=bool(_COPIED.search(name)),
-        is_embedding=not is_layer and bool(_EMBEDDING.search(name)),
-        is_head=not is_layer and bool(_HEAD.search(name)),
-        is_last=not is_layer and not in_tower and bool(_LAST.search(name)),
-        is_keys=not in_tower and bool(_KEYS.search(name)),
-        is_linear=bool(_LINEAR.search(name)),
+        is_kept=_has(name, _KEPT),
+        is_copied=_has(name, _COPIED),
+        is_embedding=not is_layer and _has(name, _EMBEDDING),
+        is_head=not is_layer and last.startswith(_HEAD),
+        is_last=not is_layer and not in_tower and last.startswith(_LAST),
+        is_keys=not in_tower and _has(name, _KEYS),
+        is_linear=_has(name, _LINEAR),
     )
+
+
+def _has(name: str, words: tuple[str, ...]) -> bool:
+    return any(word in name for word in words)
 
 
 def _traits(name: str) -> _Traits:
@@ -162,14 +166,11 @@ def per_gpu(weights: Weights, model: Architecture, tensor_parallel: int, pipelin
     key_heads = max((layer.heads for layer in model.layers if layer.kind in ("full", "window", "chunk")), default=1)
     found = []
     for number, stage in enumerate(stages(len(model.layers), pipeline_parallel)):
-        share = sum((weights.layers.get(index, Share()) for index in stage), Share())
-        if number == 0:
-            share += weights.embedding + weights.rest
+        shares = [weights.layers[index] for index in stage if index in weights.layers]
+        shares += [weights.embedding, weights.rest] if number == 0 else []
         if number == pipeline_parallel - 1:
-            share += weights.head
-            if weights.is_tied and pipeline_parallel > 1:
-                share += weights.embedding
-        found.append(math.ceil(share.per_gpu(tensor_parallel, key_heads)))
+            shares += [weights.head, *([weights.embedding] if weights.is_tied and pipeline_parallel > 1 else [])]
+        found.append(math.ceil(sum(share.per_gpu(tensor_parallel, key_heads) for share in shares)))
     return found
 
 

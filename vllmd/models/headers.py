@@ -11,9 +11,8 @@ import json
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from vllmd.core.weights import Tensor
 from vllmd.models import safetensors, weights
@@ -28,8 +27,7 @@ MAX_HEADERS_BYTES = 64 << 20
 _INDEX = "model.safetensors.index.json"
 
 
-@dataclass(frozen=True, slots=True)
-class Facts:
+class Facts(NamedTuple):
     """`tensors` is empty where only the sizes of the files were read. `file_bytes`: of the weights; `read_bytes`: what was read of all
     that; `origin` for people."""
 

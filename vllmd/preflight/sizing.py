@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Model
@@ -33,8 +33,7 @@ _ONLINE = {"fp8": 8, "bitsandbytes": 5}
 """Bits of an element that is quantised while it is loaded, with the scales."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sized:
+class Sized(NamedTuple):
     """What was found out. `gpus`: how many GPUs like the device there are."""
 
     facts: Facts
@@ -112,8 +111,7 @@ def _word(value: object) -> str:
 # -- an instance, in no time
 
 
-@dataclass(frozen=True, slots=True)
-class Instance:
+class Instance(NamedTuple):
     """What of an instance decides: where its model may lie, which GPUs it may have, how it is to be served."""
 
     name: str
