@@ -3,7 +3,7 @@
 The weights are counted when they are loaded, and before the CPU build packs them anew for its kernels: where the pages of those are, nothing tells, and
 its log, unlike that of a GPU, has no line about them.
 
-stdin: {"cases": [{"name", "model", "dtype", "length", "more": {...}}]}; the answers are lines beginning with SIZES.
+stdin: {"cases": [{"name", "model", "dtype", "length"}]}; the answers are lines beginning with SIZES.
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ def _count_when_loaded() -> None:
 def sizes(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM  # type: ignore[import-not-found, unused-ignore]
 
-    engine = LLM(case["model"], dtype=case["dtype"], max_model_len=case["length"], skip_tokenizer_init=True, enforce_eager=True, **case["more"])
+    # The class has other defaults than the server: as many tokens in a step as that one's.
+    fixed = {"skip_tokenizer_init": True, "enforce_eager": True, "max_num_batched_tokens": 2048}
+    engine = LLM(case["model"], dtype=case["dtype"], max_model_len=case["length"], **fixed)
     config = engine.llm_engine.vllm_config.cache_config
     found = {"weights": _loaded.pop(), "tokens": config.kv_cache_size_tokens, "blocks": config.num_gpu_blocks, "block": config.block_size}
     engine.llm_engine.engine_core.shutdown()

@@ -44,7 +44,6 @@ class Shape:
     dtype: str = "auto"
     stored: str = "BF16"
     words: dict[str, Any] = field(default_factory=dict)
-    flags: dict[str, Any] = field(default_factory=dict)
 
     def write(self, directory: Path) -> Path:
         if self.family == "demo":
@@ -80,7 +79,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="module")
 def engine(real_engine: Path, models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Engine:
     home = tmp_path_factory.mktemp("home")
-    asked = [{"name": name, "model": str(models[name]), "dtype": shape.dtype, "length": shape.length, "more": shape.flags} for name, shape in SHAPES.items()]
+    asked = [{"name": name, "model": str(models[name]), "dtype": shape.dtype, "length": shape.length} for name, shape in SHAPES.items()]
     env = {"PATH": os.environ["PATH"], "HOME": str(home), "TMPDIR": str(home), "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **REAL_ENV}
     with (home / "log").open("w+") as log:
         python = [str(real_engine.parent / "python3"), "-P", str(PROBE)]
@@ -95,7 +94,7 @@ def engine(real_engine: Path, models: dict[str, Path], tmp_path_factory: pytest.
 
 def estimated(directory: Path, shape: Shape) -> Sized:
     dtype = "" if shape.dtype == "auto" else shape.dtype
-    return size_up(headers.local(directory), Wanted(is_cpu=True, kv_bytes=GIB, dtype=dtype, max_model_len=shape.length, **shape.flags), None)
+    return size_up(headers.local(directory), Wanted(is_cpu=True, kv_bytes=GIB, dtype=dtype, max_model_len=shape.length), None)
 
 
 @pytest.mark.parametrize("name", SHAPES)
