@@ -57,10 +57,6 @@ def run(argv: Sequence[str]) -> int:
         from vllmd.ctl import backup
 
         return backup.main(rest[1:], paths)
-    if rest[:2] == ["model", "plan"]:
-        from vllmd.ctl import model_plan
-
-        return model_plan.main(rest[2:], paths)
     arguments = _parser().parse_args(rest)
     return _perform(arguments, paths)
 
@@ -88,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs.add_parser("engine", help="install|list|use|rollback|remove|verify: the engines of this host", add_help=False)
     verbs.add_parser("cache", help="list|clear: the caches of compiled code", add_help=False)
     verbs.add_parser("gpu", help="every GPU of this host, its owner and its health; gpu clear lifts a quarantine", add_help=False)
-    verbs.add_parser("model", help="presets|set|show|clear: which model an instance serves, chosen for this hardware", add_help=False)
+    verbs.add_parser("model", help="presets|set|show|clear|plan: which model an instance serves, chosen for this hardware", add_help=False)
     verbs.add_parser("doctor", help="what is wrong with this host, and the command that mends it", add_help=False)
     verbs.add_parser("store", help="list|verify|rm|gc|pin|unpin|export|import: the models of this host", add_help=False)
     return top
