@@ -103,6 +103,7 @@ class Daemon:
         keep_spare()
         self._apply_log()
         self.journal.attach(asyncio.get_running_loop())
+        self.journal.told = self.board.told
         with InstanceLock(self.prepared.paths, self.prepared.instance):
             figures = metrics.route(self.facts)
             control = await serve_control(self.board, figures, self.pausing, lambda: self.access)
@@ -121,6 +122,7 @@ class Daemon:
                 await publisher.close()
                 await control.close()
                 self.access.close()
+                self.journal.told = lambda _event, _text, _priority: None
                 self.board.close()
                 signals.deafen()
 
@@ -293,7 +295,7 @@ class Daemon:
 
     async def _watch(self) -> None:
         assert self._engine is not None
-        self._watcher = Watch(self._engine, self.judge, self.vitals, self.journal, lambda: self.config.watch)
+        self._watcher = Watch(self._engine, self.judge, self.vitals, self.journal, lambda: self.config.watch, show=self.board.load)
         await self._watcher.run()
 
     def _rebase_watch(self) -> None:

@@ -44,7 +44,9 @@ def read(text: str | bytes, *, chunk: int = 1 << 16) -> tuple[str, dict[str, Ran
 def test_the_figures_of_one_rank() -> None:
     outcome, ranks = read(rank_text("0", 41, 2, 1))
     assert outcome == "ok"
-    assert ranks == {"0": Rank(beats=41, running=2, waiting=1, succeeded=5, others=ranks["0"].others)}
+    told = ranks["0"]
+    assert ranks == {"0": Rank(41, 2, 1, 5, told.others, told.generated, told.prompted, told.kv_used)}
+    assert told.kv_used == 0.25
     assert 0.25 in ranks["0"].others
 
 

@@ -20,13 +20,17 @@ BUSY_CORES = 0.2
 class Rank:
     """What one data-parallel rank shows, added up over API servers. `beats` is the count of its iterations; `others` any
     further figures that only move when it works: a prompt in chunks has iterations without output, which vLLM counts
-    nowhere, but the share of the KV cache in use grows with each. `succeeded`: requests that ended well."""
+    nowhere, but the share of the KV cache in use grows with each. `succeeded`: requests that ended well. `generated`,
+    `prompted` (tokens so far) and `kv_used` (0 to 1) are for people: None where an engine does not say; nothing is judged by them."""
 
     beats: float
     running: float = 0.0
     waiting: float = 0.0
     succeeded: float = 0.0
     others: tuple[float, ...] = ()
+    generated: float | None = None
+    prompted: float | None = None
+    kv_used: float | None = None
 
     @property
     def has_work(self) -> bool:

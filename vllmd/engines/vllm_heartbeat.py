@@ -74,12 +74,16 @@ class Reading:
 
     def _rank(self, rank: str) -> Rank:
         figure: Callable[[str], float] = lambda name: self._figures.get((name, rank), 0.0)  # noqa: E731
+        told: Callable[[str], float | None] = lambda name: self._figures.get((name, rank))  # noqa: E731
         return Rank(
             beats=figure(_BEATS),
             running=figure("num_requests_running"),
             waiting=figure("num_requests_waiting"),
             succeeded=figure("request_success_total"),
             others=tuple(map(figure, _OTHERS)),
+            generated=told("generation_tokens_total"),
+            prompted=told("prompt_tokens_total"),
+            kv_used=told("kv_cache_usage_perc"),
         )
 
 

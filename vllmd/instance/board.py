@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from vllmd.config.redact import redact_tree
 from vllmd.core.events import Failure
+from vllmd.core.load import Load
 from vllmd.core.plan import Plan
 from vllmd.models.wire import Progress
 from vllmd.system.files import write_atomic
@@ -65,6 +68,9 @@ class Board:
             "needs_restart": [],
             "paused": None,
             "gpus": [],
+            "load": None,
+            "last_event": None,
+            "example": "",
             "group": None,
             "role": None,
             "rank": None,
@@ -87,7 +93,7 @@ class Board:
 
     def state(self, state: str, failure: Failure | None) -> None:
         if state != self.document["state"]:
-            self.document |= {"state": state, "since": now_text(), "progress": dict(NO_PROGRESS)}
+            self.document |= {"state": state, "since": now_text(), "progress": dict(NO_PROGRESS), "load": None}
         self.document["error"] = describe_failure(failure)
         self.now()
 
@@ -114,6 +120,17 @@ class Board:
         eta_s = moved.eta_s if moved.eta_s >= 0 else None
         self.document["progress"] = {"fraction": moved.fraction, "text": text, **counts, "eta_s": eta_s}
         self.soon()
+
+    def load(self, load: Load | None) -> None:
+        """What the engine works at; None where it does not say. An engine without work changes nothing, and costs nothing."""
+        said = None if load is None or self.document["state"] != "ready" else asdict(load)
+        if said != self.document["load"]:
+            self.set(load=said)
+
+    def told(self, event: str, text: str, priority: int) -> None:
+        """One of our own events, for those who may not read the journal."""
+        with contextlib.suppress(RuntimeError):  # told by a thread: the next change shows it
+            self.set(last_event={"at": now_text(), "event": event, "text": text, "priority": priority})
 
     def set(self, **fields: Any) -> None:
         self.document |= fields

@@ -264,13 +264,14 @@ class EngineLife:
             task.cancel()
 
     def show_example(self) -> None:
-        """For a person in the foreground: a request that works."""
+        """For a person in the foreground, and for `vllmctl start`: a request that works."""
         if self._model is None:
             return
         sample = self.engine.example(self.context, self._model.directory)
         if sample is not None:
             path, body = sample
             text = example(self.plan.endpoints[0], json.dumps(body), path, key=self._key_words())
+            self._board.set(example=text)
             self._journal.event("", f"try: {text}", priority=5)
 
     def _key_words(self) -> str:

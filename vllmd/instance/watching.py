@@ -14,6 +14,7 @@ from typing import Any
 from vllmd.config.settings import Watch as Settings
 from vllmd.core.health import Refusals
 from vllmd.core.liveness import ALONE, Finding, Limits, Liveness
+from vllmd.core.load import Load, load_of
 from vllmd.core.pulse import BUSY_CORES, Canary, Sample
 from vllmd.engines.protocol import Beating
 from vllmd.errors import EngineFailed, TryLater, VllmdError
@@ -48,14 +49,27 @@ def limits_of(settings: Settings) -> Limits:
 
 
 class Watch:
-    """One ready engine. `settings` is asked at each turn, so that a reload applies; `wake` lets it apply at once."""
+    """One ready engine. `settings` is asked at each turn, so that a reload applies; `wake` lets it apply at once. `show`
+    gets what the engine works at, for people."""
 
-    def __init__(self, life: EngineLife, judge: Judge, vitals: Vitals, journal: Journal | Stderr, settings: Callable[[], Settings]) -> None:
+    def __init__(
+        self,
+        life: EngineLife,
+        judge: Judge,
+        vitals: Vitals,
+        journal: Journal | Stderr,
+        settings: Callable[[], Settings],
+        *,
+        show: Callable[[Load | None], None] = lambda _load: None,
+    ) -> None:
         self._life = life
         self._judge = judge
         self._vitals = vitals
         self._journal = journal
         self._settings = settings
+        self._show = show
+        self._seen: Sample | None = None
+        """The last reading, if it was a good one."""
         self._probe = life.probe
         self._heartbeat = Heartbeat(life.engine, life.probe, life.family)
         self._proofs = life.proofs()
@@ -119,6 +133,8 @@ class Watch:
             vitals.waiting = sum(rank.waiting for rank in sample.ranks.values())
             # A verdict begins everything anew, also where it ends nothing: its own figure is the one to tell.
             vitals.heartbeat_at = sample.at - max(self._liveness.still[0], finding.still_s if finding else 0.0)
+        self._show(load_of(self._seen, sample) if sample.outcome == "ok" else None)
+        self._seen = sample if sample.outcome == "ok" else None
         self._unreadable.heard(sample.outcome)
         for rank in self._liveness.gone:
             self._journal.event("heartbeat-unreadable", f"the engine's metrics no longer show its rank {rank}: it is not watched any more", priority=4)

@@ -21,6 +21,10 @@ REPORT_S = 1.0
 """Drops are reported at most this often."""
 
 
+def _unheard(_event_id: str, _message: str, _priority: int) -> None:
+    """Nobody wants to know."""
+
+
 class Sink:
     """`fields` stand on every entry. Works before attach() too: then what is not taken waits for the next entry.
 
@@ -32,6 +36,8 @@ class Sink:
         """Own events of a higher (less important) priority are not sent."""
         self.redact: Callable[[str], str] = str
         """What every event of our own goes through; the engine's lines come redacted."""
+        self.told: Callable[[str, str, int], object] = _unheard
+        """Hears (event_id, message, priority) of every event of a kind that is sent, redacted."""
         self._fields = dict(fields)
         self._outbox = Outbox() if outbox is None else outbox
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -62,8 +68,11 @@ class Sink:
         """One of our own events. `event_id` is a row of messages.MESSAGES, or '' for a message of no kind."""
         if priority <= self.level:
             told = {name: self.redact(value) if isinstance(value, str) else value for name, value in fields.items()}
-            self._outbox.put_event(self._encode_event(event_id, self.redact(message), priority, told))
+            text = self.redact(message)
+            self._outbox.put_event(self._encode_event(event_id, text, priority, told))
             self._flush()
+            if event_id:
+                self.told(event_id, text, priority)
 
     def engine_line(self, text: str, priority: int = INFO, **fields: object) -> None:
         """One line of the engine's output."""
