@@ -76,10 +76,13 @@ def text(record: Mapping[str, Any], *keys: str) -> str:
 
 
 def number(record: Mapping[str, Any], *keys: str) -> float | None:
+    """None also for what is no finite number: Python's JSON knows NaN, and integers of any length."""
     value: Any = record
     for key in keys:
         value = value.get(key) if isinstance(value, Mapping) else None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) < 1e300:
+        return None
+    return float(value)
 
 
 def moment(record: Mapping[str, Any], key: str) -> datetime | None:

@@ -45,8 +45,8 @@ class Instance:
 def status(paths: Paths, name: str | None, *, as_json: bool) -> int:
     """Prints; 0 when the instance serves (or all were asked for), else 3."""
     systemd = units.Systemd(paths.scope) if units.runs(paths.scope) else None
-    chosen = [units.instance_name(name)] if name else _names(paths, systemd)
-    found = [look(paths, each, systemd) for each in chosen]
+    chosen = [units.instance_name(name)] if name else names(paths, systemd)
+    found = look_at(paths, chosen, systemd)
     if name and not _known(paths, found[0]):
         raise UsageError("instance_unknown", f"no instance {found[0].name}: {paths.instance_config(found[0].name)} does not exist", "vllmctl status lists what there is")
     if as_json:
@@ -58,7 +58,7 @@ def status(paths: Paths, name: str | None, *, as_json: bool) -> int:
     return NOT_SERVING if name and found[0].state not in SERVING else 0
 
 
-def _names(paths: Paths, systemd: units.Systemd | None) -> list[str]:
+def names(paths: Paths, systemd: units.Systemd | None) -> list[str]:
     return sorted({*files.names(paths), *(systemd.names() if systemd else ())})
 
 
@@ -66,8 +66,12 @@ def _known(paths: Paths, instance: Instance) -> bool:
     return bool(instance.said or instance.ended or paths.instance_config(instance.name).exists() or (instance.unit and instance.unit.active != "inactive"))
 
 
-def look(paths: Paths, name: str, systemd: units.Systemd | None) -> Instance:
-    unit = systemd.show(name) if systemd else None
+def look_at(paths: Paths, names: list[str], systemd: units.Systemd | None) -> list[Instance]:
+    shown = systemd.show_all(names) if systemd else {}
+    return [_look(paths, each, shown.get(each)) for each in names]
+
+
+def _look(paths: Paths, name: str, unit: UnitState | None) -> Instance:
     said = files.status(paths, name)
     return Instance(name, true_state(said, unit), said, files.last(paths, name), unit)
 
