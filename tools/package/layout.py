@@ -58,8 +58,9 @@ def write(root: Path, layout: Layout) -> None:
 
 
 def write_documents(into: Path, layout: Layout, epoch: int) -> None:
-    for path in [CHECKOUT / "README.md", *sorted((CHECKOUT / "docs").iterdir())]:
-        put(path, into / "doc" / path.name, layout)
+    put(CHECKOUT / "README.md", into / "doc/README.md", layout)
+    for path in sorted(each for each in (CHECKOUT / "docs").rglob("*") if each.is_file()):
+        put(path, into / "doc" / path.relative_to(CHECKOUT / "docs"), layout)
     (into / "doc/NEWS.md.gz").write_bytes(gzip.compress((CHECKOUT / "NEWS.md").read_bytes(), 9, mtime=0))
     put(CHECKOUT / "etc/demo.yaml.example", into / "examples/demo.yaml", layout)
     man.write(into / "man", epoch)

@@ -81,7 +81,11 @@ class Host:
 
 def look(paths: Paths, timeout_s: float | None = None) -> Host:
     """Blocks for `timeout_s` at most, or the driver's 45 s."""
-    said = client.read_once(paths, DRIVER_TIMEOUT_S if timeout_s is None else timeout_s)
+    return seen_in(client.read_once(paths, DRIVER_TIMEOUT_S if timeout_s is None else timeout_s), paths)
+
+
+def seen_in(said: Mapping[str, Any], paths: Paths) -> Host:
+    """Of a GPU document that is there already."""
     held, banned = leases.holders(paths), quarantine.read(paths, also=_text(said, "boot_id"))
     rows = said.get("gpus")
     gpus = tuple(_seen(each, held, banned) for each in (rows if isinstance(rows, list) else [])[:_GPUS] if isinstance(each, dict))
