@@ -68,12 +68,16 @@ def _parser() -> argparse.ArgumentParser:
     top.add_argument("--root", metavar="DIR", help="instances run by hand with `vllmd --root DIR run NAME` (status only)")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     _add_status(verbs)
+    _add_health(verbs)
+    _add_top(verbs)
     for verb, text in (("start", "start an instance and show its progress until it is ready"), ("restart", "stop and start it again")):
         _add_follow(verbs.add_parser(verb, help=text, description=text.capitalize()))
     stop = verbs.add_parser("stop", help="stop an instance; requests in flight may finish")
     stop.add_argument("name", metavar="NAME")
+    stop.add_argument("--json", action="store_true", help="one JSON object, for programs")
     _add_pause(verbs)
     _add_logs(verbs)
+    _add_events(verbs)
     _add_incidents(verbs)
     verbs.add_parser("api-key", help="show|list|add|rotate|revoke: the keys that clients send", add_help=False)
     _add_generations(verbs)
@@ -96,11 +100,35 @@ def _add_status(verbs: argparse._SubParsersAction[Parser]) -> None:
     status.add_argument("--json", action="store_true", help="one JSON object, for programs")
 
 
+def _add_health(verbs: argparse._SubParsersAction[Parser]) -> None:
+    health = verbs.add_parser("health", help="may requests be sent there? for load balancers and scripts", epilog="Exit status: 0 ready, 1 failed or not running, 2 loading, 3 no model selected.")
+    health.add_argument("name", metavar="NAME")
+    health.add_argument("--json", action="store_true", help="one JSON object, for programs")
+
+
+def _add_top(verbs: argparse._SubParsersAction[Parser]) -> None:
+    top = verbs.add_parser("top", help="all instances and GPUs on one live screen", epilog="Keys: q quits, ? shows the others. NO_COLOR=1 leaves colours out.")
+    top.add_argument("--once", action="store_true", help="print one frame, as plain text")
+    top.add_argument("--json", action="store_true", help="print the figures once, as one JSON object")
+    top.add_argument("--sort", choices=("name", "state", "requests", "tokens", "kv"), default="name", help="the order (default: name)")
+    top.add_argument("--interval", metavar="S", type=float, default=1.0, help="seconds between two looks (default 1)")
+
+
+def _add_events(verbs: argparse._SubParsersAction[Parser]) -> None:
+    events = verbs.add_parser("events", help="what supervisors said: starts, findings, failures, changes")
+    events.add_argument("name", metavar="NAME", nargs="?", help="the instance; without it, all of them")
+    events.add_argument("-f", "--follow", action="store_true", help="go on printing what comes")
+    events.add_argument("-n", "--lines", metavar="N", help="the last N events, or all (default 50; with --since all)")
+    events.add_argument("--since", metavar="TIME", help="as journalctl's: '10 min ago', today, ...")
+    events.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
+
+
 def _add_follow(verb: argparse.ArgumentParser) -> None:
     verb.epilog = "Exit status: 0 ready; else the status that the instance ended with (vllmd(8))."
     verb.add_argument("name", metavar="NAME")
     verb.add_argument("--no-wait", action="store_true", help="return at once")
     verb.add_argument("--timeout", metavar="S", type=float, help="watch no longer than this; the start goes on")
+    verb.add_argument("--json", action="store_true", help="one JSON object at the end, for programs")
 
 
 def _add_pause(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -108,7 +136,10 @@ def _add_pause(verbs: argparse._SubParsersAction[Parser]) -> None:
     pause.add_argument("name", metavar="NAME")
     pause.add_argument("--for", dest="for_text", metavar="TIME", default="1h", help="90, 10min, 1h, 2d (default 1h, at most 7d); it ends by itself")
     pause.add_argument("--why", metavar="TEXT", default="", help="shown wherever the pause is")
-    verbs.add_parser("resume", help="end a pause").add_argument("name", metavar="NAME")
+    resume = verbs.add_parser("resume", help="end a pause")
+    resume.add_argument("name", metavar="NAME")
+    for each in (pause, resume):
+        each.add_argument("--json", action="store_true", help="one JSON object, for programs")
 
 
 def _add_logs(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -120,7 +151,9 @@ def _add_logs(verbs: argparse._SubParsersAction[Parser]) -> None:
     kind = logs.add_mutually_exclusive_group()
     kind.add_argument("--engine", dest="only", action="store_const", const="engine", help="only the engine's own lines")
     kind.add_argument("--events", dest="only", action="store_const", const="events", help="only the supervisor's events")
-    logs.add_argument("-o", "--output", metavar="FORMAT", help="as journalctl's: short-iso, json, cat, ...")
+    form = logs.add_mutually_exclusive_group()
+    form.add_argument("-o", "--output", metavar="FORMAT", help="as journalctl's: short-iso, json, cat, ...")
+    form.add_argument("--json", dest="output", action="store_const", const="json", help="one JSON object a line: the journal's own entries, as journalctl -o json has them")
 
 
 def _add_incidents(verbs: argparse._SubParsersAction[Parser]) -> None:
@@ -151,18 +184,30 @@ def _perform(arguments: argparse.Namespace, paths: Paths) -> int:
             from vllmd.ctl import status
 
             return status.status(paths, arguments.name, as_json=arguments.json)
+        case "health":
+            from vllmd.ctl import health
+
+            return health.health(paths, arguments.name, as_json=arguments.json)
+        case "top":
+            from vllmd.ctl import top
+
+            return top.top(paths, arguments)
+        case "events":
+            from vllmd.ctl import events
+
+            return events.events(paths, arguments)
         case "start" | "restart":
             from vllmd.ctl import follow
 
-            return follow.bring_up(paths, arguments.verb, arguments.name, wait=not arguments.no_wait, timeout_s=arguments.timeout)
+            return follow.bring_up(paths, arguments.verb, arguments.name, wait=not arguments.no_wait, timeout_s=arguments.timeout, as_json=arguments.json)
         case "pause":
             from vllmd.ctl import pause
 
-            return pause.pause(paths, arguments.name, for_text=arguments.for_text, why=arguments.why)
+            return pause.pause(paths, arguments.name, for_text=arguments.for_text, why=arguments.why, as_json=arguments.json)
         case "resume":
             from vllmd.ctl import pause
 
-            return pause.resume(paths, arguments.name)
+            return pause.resume(paths, arguments.name, as_json=arguments.json)
         case "incidents":
             from vllmd.ctl import incidents
 
@@ -185,7 +230,7 @@ def _perform(arguments: argparse.Namespace, paths: Paths) -> int:
         case "stop":
             from vllmd.ctl import follow
 
-            return follow.bring_down(paths, arguments.name)
+            return follow.bring_down(paths, arguments.name, as_json=arguments.json)
         case _:
             from vllmd.ctl import logs
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from vllmd.ctl.unit import Systemd, UnitState
 from vllmd.errors import Status, TryLater, VllmdError
 
 _INTERVAL_S = 0.2
+_EXAMPLE_S, _LOOK_S = 0.5, 0.05
 _BEFORE_EXEC = {
     203: ("the program of the unit cannot be executed", "systemctl cat {unit} shows which; install again?"),
     216: ("a group of the unit does not exist", "systemd-sysusers"),
@@ -35,12 +37,14 @@ _RESULTS = {
 }
 
 
-def bring_up(paths: Paths, verb: str, name: str, *, wait: bool, timeout_s: float | None) -> int:
+def bring_up(paths: Paths, verb: str, name: str, *, wait: bool, timeout_s: float | None, as_json: bool = False) -> int:
     """Starts or restarts; 0 when READY. Raises VllmdError with the instance's own reason and status."""
     name = units.instance_name(name)
     systemd = units.need_systemd(paths)
     before = systemd.show(name)
     if verb == "start" and before.active == "active":
+        if as_json:
+            return _print(paths, name, "active", began=None)
         _say(f"{name} is running already{_at(paths, name)}")
         return 0
     stamp = files.last_stamp(paths, name)
@@ -48,23 +52,29 @@ def bring_up(paths: Paths, verb: str, name: str, *, wait: bool, timeout_s: float
         systemd.forgive(name)
     systemd.submit(verb, name)
     if not wait:
-        return 0
+        return _print(paths, name, "queued", began=None) if as_json else 0
     began = time.monotonic()
     deadline = None if timeout_s is None else began + timeout_s
     unit = _follow(systemd, paths, name, lambda unit: not unit.has_job, deadline)
+    if unit.active == "active" and as_json:
+        _await_example(paths, name)
+        return _print(paths, name, unit.active, began=began)
     if unit.active == "active":
         _say(f"{name} is ready after {time.monotonic() - began:.1f} s{_at(paths, name)}")
+        _say_example(paths, name)
         return 0
     fresh = files.last_stamp(paths, name) != stamp
     raise failure(name, unit, files.problem(files.last(paths, name)) if fresh else None, systemd.prefix)
 
 
-def bring_down(paths: Paths, name: str) -> int:
+def bring_down(paths: Paths, name: str, *, as_json: bool = False) -> int:
     """Stops; 0 when nothing runs any more."""
     name = units.instance_name(name)
     systemd = units.need_systemd(paths)
     before = systemd.show(name)
     if before.active in ("inactive", "failed"):
+        if as_json:
+            return _print(paths, name, before.active, began=None)
         _say(f"{name} is not running")
         return 0
     began = time.monotonic()
@@ -72,6 +82,8 @@ def bring_down(paths: Paths, name: str) -> int:
     unit = _follow(systemd, paths, name, lambda unit: not unit.has_job and unit.active in ("inactive", "failed"), None)
     if unit.active == "failed":
         raise failure(name, unit, files.problem(files.last(paths, name)), systemd.prefix, did="stopped, but not cleanly")
+    if as_json:
+        return _print(paths, name, unit.active, began=began)
     _say(f"{name} stopped after {time.monotonic() - began:.1f} s")
     return 0
 
@@ -149,6 +161,31 @@ def _at(paths: Paths, name: str) -> str:
         return f", but no model is selected: it serves nothing yet. Run: {paths.vllmctl} model set {name} PRESET|MODEL"
     endpoint = files.text(said, "endpoint")
     return f" at {endpoint}" if endpoint else ""
+
+
+def _say_example(paths: Paths, name: str) -> None:
+    if said := _await_example(paths, name):
+        _say(f"try: {printable(said)}")
+
+
+def _await_example(paths: Paths, name: str) -> str:
+    """The request that the supervisor itself thinks works; it is written down a moment after READY=1. '' where there is none."""
+    end = time.monotonic() + _EXAMPLE_S
+    while not (said := files.text(files.status(paths, name), "example")) and time.monotonic() < end:
+        if files.text(files.status(paths, name), "state") != "ready":
+            break
+        time.sleep(_LOOK_S)
+    return said
+
+
+def _print(paths: Paths, name: str, unit: str, *, began: float | None) -> int:
+    """`began`: None where nothing was waited for."""
+    serves = unit == "active"
+    said = files.status(paths, name) if serves else {}
+    took_s = None if began is None else round(time.monotonic() - began, 3)
+    words = {key: files.text(said, key) for key in ("state", "endpoint", "example")}
+    _say(json.dumps({"schema": 1, "instance": name, "unit": unit, "seconds": took_s, **words}))
+    return 0
 
 
 def _say(line: str) -> None:

@@ -7,6 +7,7 @@ kept in its scrollback: --reveal prints it there too. An engine that runs takes 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import time
@@ -51,7 +52,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     show = _verb(verbs, "show", "print a key: masked on a terminal, whole in a pipe", _show, reveal=True)
     show.add_argument("key", metavar="KEY", nargs="?", default=DEFAULT, help=f"its name (default: {DEFAULT}, which is in credentials.json)")
-    _verb(verbs, "list", "the keys, masked, with the times at which they were made and end", _list)
+    listed = _verb(verbs, "list", "the keys, masked, with the times at which they were made and end", _list)
+    listed.add_argument("--json", action="store_true", help="one JSON object, for programs")
     add = _verb(verbs, "add", "make one more key, for a client of its own", _add, reveal=True)
     add.add_argument("key", metavar="KEY", help="its name")
     rotate = _verb(verbs, "rotate", "replace a key by a new one; the old one holds for a while, as KEY.old", _rotate, reveal=True)
@@ -84,8 +86,15 @@ def _show(paths: Paths, name: str, options: argparse.Namespace) -> int:
     return 0
 
 
-def _list(paths: Paths, name: str, _options: argparse.Namespace) -> int:
+def _list(paths: Paths, name: str, options: argparse.Namespace) -> int:
     ring, now = keys.read(paths, name).ring, time.time()
+    if options.json:
+        shown = [
+            {"name": key.name, "key": keyring.masked(key.value), "made": key.made or "", "until": None if key.until is None else _time(key.until), "holds": key.until is None or now < key.until}
+            for key in ring.keys
+        ]
+        sys.stdout.write(json.dumps({"schema": 1, "instance": name, "keys": shown}) + "\n")
+        return 0
     rows = [("NAME", "KEY", "MADE", "HOLDS UNTIL"), *((key.name, keyring.masked(key.value), printable(key.made)[:40].replace("\n", " ") or "-", _until(key, now)) for key in ring.keys)]
     wide = [max(len(row[column]) for row in rows) for column in range(3)]
     for first, second, third, last in rows:

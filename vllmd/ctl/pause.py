@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from typing import Any
@@ -16,18 +17,27 @@ from vllmd.errors import PermissionMissing, TryLater, UsageError, VllmdError
 _UNITS = {"": 1, "s": 1, "min": 60, "m": 60, "h": 3600, "d": 86400}
 
 
-def pause(paths: Paths, name: str, *, for_text: str, why: str) -> int:
+def pause(paths: Paths, name: str, *, for_text: str, why: str, as_json: bool = False) -> int:
     name = units.instance_name(name)
     answer = _post(paths, name, "/pause", {"for_s": seconds(for_text), "why": why})
+    if as_json:
+        return _print(name, answer.get("paused"))
     until = text(answer, "paused", "until")
     sys.stdout.write(printable(f"{name} is paused until {until}: nothing is judged. `vllmctl resume {name}` ends it.") + "\n")
     return 0
 
 
-def resume(paths: Paths, name: str) -> int:
+def resume(paths: Paths, name: str, *, as_json: bool = False) -> int:
     name = units.instance_name(name)
     _post(paths, name, "/resume", {})
+    if as_json:
+        return _print(name, None)
     sys.stdout.write(f"{name} is watched again\n")
+    return 0
+
+
+def _print(name: str, paused: Any) -> int:
+    sys.stdout.write(json.dumps({"schema": 1, "instance": name, "paused": paused}) + "\n")
     return 0
 
 
