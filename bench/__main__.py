@@ -28,6 +28,7 @@ from bench import (
     ready,
     real,
     reverify,
+    seeing,
     spawning,
     warmup,
 )
@@ -62,6 +63,7 @@ PARTS: dict[str, tuple[str, Callable[[], list[Figure]]]] = {
     "notice": ("deaths and hangs of a ready engine (2 minutes)", noticing.run),
     "gpu": ("errors of GPUs, over the stub of the driver (3 minutes)", gpus.run),
     "idle": ("a ready supervisor, for a minute", idle.run),
+    "seeing": ("what people type again and again, and top with 20 instances (a minute)", seeing.run),
     "port": ("the port check with 2,000 processes and 20,000 sockets", _port_check),
     "headers": ("validating the headers of a large model", headers.run),
     "reverify": ("re-verification of 3 GB in memory", reverify.run),
