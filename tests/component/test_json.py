@@ -36,6 +36,8 @@ COMMANDS = {
     "vllmctl engine list --json": ["engine", "list"],
     "vllmctl cache list --json": ["cache", "list"],
     "vllmctl store list --json": ["store", "list"],
+    "vllmctl model presets [NAME] --json": ["model", "presets", "qwen3"],
+    "vllmctl model show NAME --json": ["model", "show", "qwen3"],
     "vllmctl pause NAME --json": ["pause", "qwen3", "--why", "a test"],
 }
 NOT_EMPTY = ("instances", "gpus", "keys", "items", "engines", "backups")
@@ -68,12 +70,16 @@ def test_every_object_is_as_it_is_documented() -> None:
         found = {heading: said(host, *words, "--json") for heading, words in COMMANDS.items()}
         procs.wait_until("paused", lambda: ready.status_json()["paused"])
         document = ready.status_json()
+        chosen = said(host, "model", "set", "fresh", "org/tiny", "--no-restart", "--force", "--json")
+        cleared = said(host, "model", "clear", "fresh", "--no-restart", "--json")
         resumed = said(host, "resume", "qwen3", "--json")
         host.memory(0)
         ready.signal(signal.SIGTERM)
         assert ready.wait_exit() == 0
     wrong = {heading: differences(heading, value) for heading, value in found.items()}
     wrong["status.json"] = differences("status.json", document)
+    wrong["model set"] = differences("vllmctl model set NAME --json", chosen)
+    wrong["model clear"] = differences("vllmctl model set NAME --json", cleared)
     wrong["resume"] = differences("vllmctl pause NAME --json", resumed)
     assert not any(wrong.values()), json.dumps({key: value for key, value in wrong.items() if value}, indent=1)
     empty = [heading for heading, value in found.items() if any(value.get(key) == [] for key in NOT_EMPTY)]
