@@ -63,7 +63,7 @@ def test_a_paused_instance_is_not_ended_for_a_hang_and_says_so_everywhere() -> N
 def test_a_pause_ends_by_itself_and_what_still_holds_is_judged_then() -> None:
     with quick(config=SOON) as instance:
         instance.wait_ready()
-        assert post(instance, "/pause", {"for_s": 2.5})[0] == 200
+        assert post(instance, "/pause", {"for_s": 8})[0] == 200
         instance.kill_engine("vllm", signal.SIGSTOP)
         procs.wait_until("a verdict that ends nothing", lambda: "the instance is paused" in instance.log())
         assert lives(instance)
