@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import json
 import socket
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +20,7 @@ from tests.fakes.nvml import Stub, uuid
 from vllmd.config.paths import Paths, root_paths
 from vllmd.core.gpu_findings import of_xid
 from vllmd.gpu.client import Client
+from vllmd.models import demo
 
 pytestmark = pytest.mark.component
 
@@ -162,3 +165,34 @@ async def _alone(tmp_path: Path, body: Callable[[Heard], object]) -> None:
     assert asyncio.iscoroutine(result)
     await result
     await client.close()
+
+
+def about(**words: object) -> Callable[[socket.socket], None]:
+    gpu = {"uuid": "GPU-1", "index": 0, "name": "x", "memory_total_mib": 24000, "memory_free_mib": 23000, **words}
+    return says(b"HTTP/1.1 200 OK\r\n\r\n" + json.dumps({"schema": 1, "source": "nvml", "at": 1e9, "gpus": [gpu]}).encode())
+
+
+STRANGE = {
+    "memory of nan": about(memory_total_mib=float("nan")),
+    "memory without bound": about(memory_total_mib=10**400, memory_free_mib=float("inf")),
+    "memory below nothing": about(memory_total_mib=-1, memory_free_mib=-1),
+    "words of another kind": about(name=[], index={}, uuid=None, mig={"uuid": 7}, compute_capability=True),
+    "escapes": about(name="x\x1b]0;title\x07\x1b[2J", index="\x1b[2J"),
+}
+
+
+def test_check_bears_whatever_the_service_says(tmp_path: Path) -> None:
+    paths = root_paths(tmp_path)
+    paths.config.mkdir(parents=True)
+    engine = tmp_path / "vllm"
+    engine.write_text("#!/bin/sh\n")
+    engine.chmod(0o755)
+    (paths.config / "demo.yaml").write_text(json.dumps({"model": {"path": str(demo.make(tmp_path / "model"))}, "engine": {"executable": str(engine)}}))
+    for name, answer in {**BAD, **STRANGE}.items():
+        with served(paths, answer) as asked:
+            done = subprocess.run([sys.executable, "-m", "vllmd.cli", "--root", str(tmp_path), "check", "demo"], capture_output=True, text=True, timeout=60, check=False)
+        paths.gpu_socket.unlink()
+        assert asked, name
+        assert done.returncode == 0, (name, done.stderr)
+        assert "Traceback" not in done.stderr, name
+        assert "\x1b" not in done.stdout + done.stderr, name
