@@ -100,8 +100,8 @@ def test_who_renames_itself_double_forks_and_cleans_its_environment_is_still_fou
 
     async def scenario(child: Child) -> None:
         read_lines(child, 4)
+        procs.wait_until("the end of those between", lambda: len(family.pids()) == 5)
         pids = family.pids()
-        assert len(pids) == 5
         for pid in pids:
             os.kill(pid, signal.SIGTERM)
         assert not await family.wait_empty(0.1)
