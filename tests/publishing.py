@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from tests import tiny_models
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.models import publish
 from vllmd.models.contents import Contents, Entry
 from vllmd.models.identity import hash12, label

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.models import demo
 from vllmd.models.identity import hash12, hub_slug
 

@@ -25,6 +25,7 @@ from pathlib import Path
 from vllmd.config import envfile
 from vllmd.errors import ConfigError, ModelInvalid
 from vllmd.models import contents, gguf, inventory, manifest, safetensors, sums, validate, wire
+from vllmd.models.progress import Progress
 from vllmd.models.sources import hub
 from vllmd.models.transfer import journal
 
@@ -189,7 +190,7 @@ _CONTENTS = (json.dumps({"schema": 1, "identity": "a", "source": "r2", "origin":
 _MANIFEST = (json.dumps({"schema": 1, "identity": "a", "directory": "/m", "source": "s", "revision": "", "files": {"a": {"size": 1, "mtime_ns": 1, "ctime_ns": 1, "inode": 1, "sha256": _SUM, "blake3": _SUM}}}).encode(),)
 _SUMS = (f"{_SUM}  a b.bin\n{_SUM} *sub/c\n".encode(), b"\xef\xbb\xbf\n")
 _EVENTS = (
-    wire.encode_event(wire.Progress("fetch", "r2", 1, 2, "t")),
+    wire.encode_event(Progress("fetch", "r2", 1, 2, "t")),
     wire.encode_event(wire.Verified(_SUM)),
     wire.encode_event(wire.Failed(ModelInvalid("model_corrupt", "what", "hint"))),
     json.dumps({"event": "resolved", "identity": "a", "directory": "/m", "via": "r2", "revision": "", "bytes": 1, "manifest_sha256": ""}).encode(),

@@ -8,27 +8,27 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from vllmd import stages
+from vllmd import configured, stages
 from vllmd.config import show
 from vllmd.config.layers import instance_names
 from vllmd.config.paths import Paths
 from vllmd.config.redact import redact_argv, redact_text
 from vllmd.config.values import printable
+from vllmd.configured import Prepared
 from vllmd.core.plan import Plan
 from vllmd.engines.protocol import Context, Sizing
 from vllmd.errors import ConfigError, VllmdError
 from vllmd.models.whereabouts import whereabouts
 from vllmd.preflight import sizing_show
 from vllmd.preflight.sizing import Instance, Sized, of_instance
-from vllmd.stages import Prepared
 
 
 def check_one(
     name: str, paths: Paths, environ: Mapping[str, str], overrides: Mapping[str, object], *, as_json: bool, show_origin: bool
 ) -> int:
-    prepared = stages.prepare(name, paths, environ, overrides)
+    prepared = configured.prepare(name, paths, environ, overrides)
     plan, memory = None, None
-    if stages.model_request(prepared.config, paths).selected:
+    if configured.model_request(prepared.config, paths).selected:
         where = stages.context(prepared)
         plan = stages.plan(prepared, where)
         memory = _memory(plan, prepared, where)
@@ -73,8 +73,8 @@ def check_all(paths: Paths, environ: Mapping[str, str], overrides: Mapping[str, 
     status = 0
     for name in names:
         try:
-            prepared = stages.prepare(name, paths, environ, overrides)
-            if stages.model_request(prepared.config, paths).selected:
+            prepared = configured.prepare(name, paths, environ, overrides)
+            if configured.model_request(prepared.config, paths).selected:
                 stages.plan(prepared, stages.context(prepared))
             print(f"{name}: valid")
         except VllmdError as error:

@@ -10,8 +10,9 @@ import asyncio
 import time
 from typing import Any, assert_never
 
-from vllmd import stages
+from vllmd import configured, stages
 from vllmd.config.redact import knower
+from vllmd.configured import Prepared
 from vllmd.core import events as ev
 from vllmd.core.lifecycle import Impossible, Life, State, step
 from vllmd.core.plan import Plan
@@ -35,7 +36,6 @@ from vllmd.instance.resolution import Resolution
 from vllmd.instance.vitals import Vitals
 from vllmd.instance.watching import Watch
 from vllmd.instance.works import Works
-from vllmd.stages import Prepared
 from vllmd.system.cgroup import choose_family
 from vllmd.system.journal import Journal
 from vllmd.system.notify import Notifier, NullNotifier
@@ -133,7 +133,7 @@ class Daemon:
         self.facts.failures, self.facts.failed_at = known.restarts, {each.code: each.at for each in known.last}
 
     async def _begin(self) -> None:
-        selected = stages.model_request(self.config, self.prepared.paths).selected
+        selected = configured.model_request(self.config, self.prepared.paths).selected
         if selected:
             self._context = stages.context(self.prepared)
             self._plan = stages.plan(self.prepared, self._context)

@@ -1,63 +1,17 @@
-"""config -> plan: what every command does first. The stages after it live in preflight, models and engines; the daemon runs them."""
+"""configuration -> plan, with the engine. The stages after it live in preflight, models and engines; the daemon runs them."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
 
-from vllmd.config import layers, show
 from vllmd.config.given import BUILT_IN
 from vllmd.config.layers import Loaded
-from vllmd.config.paths import Paths
 from vllmd.config.settings import Config
-from vllmd.core.plan import MODEL_PLACEHOLDER, Deadlines, Installed, ModelRequest, Plan
-from vllmd.engines import registry
-from vllmd.engines.protocol import GUARD_FILE, Access, Context, Engine, SettingRefused
+from vllmd.configured import Prepared, model_request
+from vllmd.core.plan import MODEL_PLACEHOLDER, Deadlines, Installed, Plan
+from vllmd.engines.protocol import GUARD_FILE, Access, Context, SettingRefused
 from vllmd.errors import ConfigError
-from vllmd.models.identity import request_from
-from vllmd.system import credentials
-
-
-@dataclass(frozen=True, slots=True)
-class Prepared:
-    """An instance's configuration, parsed, with the engine that it names. `overrides`: what --set gave, for a reload."""
-
-    instance: str
-    paths: Paths
-    environ: Mapping[str, str]
-    overrides: Mapping[str, object]
-    loaded: Loaded
-    engine: Engine
-
-    @property
-    def config(self) -> Config:
-        return self.loaded.config
-
-    def secrets(self, config: Config | None = None) -> tuple[str, ...]:
-        """Everything that nothing may print: of this configuration, of systemd's credentials, of the environment."""
-        return tuple(dict.fromkeys((*show.secrets(config or self.config), *credentials.secrets(self.environ))))
-
-
-def prepare(
-    instance: str, paths: Paths, environ: Mapping[str, str], overrides: Mapping[str, object] | None = None
-) -> Prepared:
-    """Reads and checks the layers. ConfigError names the file, line and key."""
-    engines: dict[str, Engine] = {}
-
-    def tuning_for(name: str) -> type[Any]:
-        engines[name] = registry.get(name)
-        return engines[name].tuning
-
-    given = overrides or {}
-    loaded = layers.load(paths, instance, environ, given, tuning_for)
-    _keep_ports_apart(loaded)
-    return Prepared(instance, paths, environ, given, loaded, engines[loaded.config.engine.name])
-
-
-def model_request(config: Config, paths: Paths) -> ModelRequest:
-    return request_from(config.model, paths.models)
 
 
 def context(prepared: Prepared, internal_key: str = "", client_keys: tuple[str, ...] = ()) -> Context:
@@ -100,14 +54,6 @@ def plan(prepared: Prepared, where: Context) -> Plan:
         gpus=config.gpus,
         warnings=(*prepared.loaded.warnings, *warnings),
     )
-
-
-def _keep_ports_apart(loaded: Loaded) -> None:
-    """The metrics are served before the checks of the start: those would find the port taken, by ourselves."""
-    serve, listen = loaded.config.serve, loaded.config.metrics.listen
-    if serve.listen == "tcp" and not listen.startswith("/") and listen.endswith(f":{serve.port}"):
-        where = f"{loaded.origins['metrics.listen']} and {loaded.origins['serve.port']}"
-        raise ConfigError("metrics_port_taken", f"{where}: metrics.listen and serve.port both have port {serve.port}", "Give metrics.listen another port.")
 
 
 @contextlib.contextmanager

@@ -11,15 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from vllmd import stages
+from vllmd import configured
 from vllmd.commandline import two_lines
 from vllmd.config.layers import check_instance_name
 from vllmd.config.paths import SYSTEM, Paths
 from vllmd.config.settings import Config
 from vllmd.config.values import printable
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.errors import ConfigError, VllmdError
-from vllmd.models.wire import Progress
+from vllmd.models.progress import Progress
 
 
 def _environ() -> Mapping[str, str]:
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
     journal.redact = knower(credentials.secrets(environ))  # also what is wrong with a configuration may quote one
     prefer_us()
     try:
-        prepared = stages.prepare(options.name, paths, environ, options.overrides)
+        prepared = configured.prepare(options.name, paths, environ, options.overrides)
         return asyncio.run(Daemon(prepared, notifier, journal).run())
     except VllmdError as error:
         failure, more = record.failure_of(error), error.more
@@ -99,10 +99,11 @@ def check(options: argparse.Namespace, paths: Paths) -> int:
 
 
 def preflight(options: argparse.Namespace, paths: Paths) -> int:
+    from vllmd import stages
     from vllmd.instance.checking import preflight_request
     from vllmd.preflight import run as preflights
 
-    prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
+    prepared = configured.prepare(options.name, paths, _environ(), options.overrides)
     where = stages.context(prepared)
     request = preflight_request(prepared.engine, where, stages.plan(prepared, where), dry_run=options.dry_run)
     report = preflights.run(request)
@@ -133,8 +134,8 @@ def _bar(within: contextlib.ExitStack, name: str) -> Callable[[Progress], None]:
     return lambda event: show(Shown(event.phase, event.fraction, event.text))
 
 
-def _request(prepared: stages.Prepared) -> ModelRequest:
-    request = stages.model_request(prepared.config, prepared.paths)
+def _request(prepared: configured.Prepared) -> ModelRequest:
+    request = configured.model_request(prepared.config, prepared.paths)
     if not request.selected:
         raise ConfigError("no_model", f"{prepared.instance} has no model selected", f"{prepared.paths.vllmctl} model set {prepared.instance} PRESET|MODEL")
     return request
@@ -144,7 +145,7 @@ def resolve(options: argparse.Namespace, paths: Paths) -> int:
     """What the sources say goes to stderr, the result, good or bad, as one JSON object to stdout."""
     from vllmd.models.resolve import resolve_report
 
-    prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
+    prepared = configured.prepare(options.name, paths, _environ(), options.overrides)
     with _said(options.name) as say:
         report = resolve_report(_request(prepared), prepared.config.model, prepared.environ, say)
     print(json.dumps(report))
@@ -154,11 +155,12 @@ def resolve(options: argparse.Namespace, paths: Paths) -> int:
 
 
 def serve(options: argparse.Namespace, paths: Paths) -> int:
+    from vllmd import stages
     from vllmd.engines.protocol import Access
     from vllmd.engines.serve_command import serve_instance
     from vllmd.models import resolve as resolver
 
-    prepared = stages.prepare(options.name, paths, _environ(), options.overrides)
+    prepared = configured.prepare(options.name, paths, _environ(), options.overrides)
     where = stages.context(prepared)
     stages.plan(prepared, where)
     with _said(options.name) as say:
@@ -173,6 +175,6 @@ def env_files(config: Config) -> list[Path]:
     from vllmd.models.command import env_file
     from vllmd.models.identity import slug
 
-    request = stages.model_request(config, SYSTEM)
+    request = configured.model_request(config, SYSTEM)
     found = env_file(config.model, request)
     return [found] if config.model.env_file else [found, found.with_name(f"vllm-model.{slug(request.key)}.env")]

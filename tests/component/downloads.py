@@ -11,9 +11,9 @@ from pathlib import Path
 from tests.fakes.files_server import Content
 from vllmd.models.download import Limits, download
 from vllmd.models.hashing import Digest
+from vllmd.models.progress import Progress
 from vllmd.models.remote import Listing, RemoteFile, Request
 from vllmd.models.stage import Stage
-from vllmd.models.wire import Progress
 
 LIMITS = Limits(connections=4, stall_s=20.0, attempts=4, back_off_s=0.01)
 ORIGIN = "s3://bucket/tiny"

@@ -21,6 +21,7 @@ from tests.fakes.s3_server import S3Server
 from vllmd.config.settings import Model
 from vllmd.models import demo, wire
 from vllmd.models.identity import label
+from vllmd.models.progress import Progress
 from vllmd.models.resolve import resolve
 
 ID = "acme/Tiny"
@@ -52,7 +53,7 @@ class Outcome:
         return self.events[-1]
 
     def said(self, text: str) -> bool:
-        return any(text in event.text for event in self.events if isinstance(event, wire.Progress))
+        return any(text in event.text for event in self.events if isinstance(event, Progress))
 
 
 def run(asked: Any, settings: Model, variables: Mapping[str, str], wrap: tuple[str, ...] = (), timeout_s: float = 60) -> Outcome:
@@ -145,7 +146,7 @@ def check_refusal(outcome: Outcome, status: int, *parts: str) -> None:
     assert error.hint
     assert len(error.what) < 2000
     assert all(part in error.what for part in parts), error.what
-    assert all(event.text.isprintable() for event in outcome.events if isinstance(event, wire.Progress))
+    assert all(event.text.isprintable() for event in outcome.events if isinstance(event, Progress))
     assert "Traceback" not in outcome.raw
     assert "verysecret" not in outcome.raw
 

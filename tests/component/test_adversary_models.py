@@ -16,7 +16,7 @@ import pytest
 from tests.fakes.hub import Asked, FakeHub, Reply
 from vllmd.config.paths import root_paths
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest, ResolvedModel
+from vllmd.core.model import ModelRequest, ResolvedModel
 from vllmd.ctl import store as ctl_store
 from vllmd.errors import ModelInvalid, PermissionMissing, TryLater, VllmdError
 from vllmd.models import demo

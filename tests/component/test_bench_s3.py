@@ -11,7 +11,7 @@ from bench import measured, static_s3, weights
 from bench.place import BenchError
 from bench.table import Figure
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.models.remote import Listing
 from vllmd.models.sources import Context, Offered
 from vllmd.models.sources.s3 import S3

@@ -12,13 +12,13 @@ import pytest
 from tests import tiny_models
 from tests.needs import need
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest, ResolvedModel
+from vllmd.core.model import ModelRequest, ResolvedModel
 from vllmd.errors import ModelInvalid, ModelNotFound, PermissionMissing, StorageFailed, VllmdError
 from vllmd.models import demo, sources
 from vllmd.models.identity import hash12, label
+from vllmd.models.progress import Progress
 from vllmd.models.resolve import resolve, resolve_report, verified
 from vllmd.models.sources import hf_cache, hub
-from vllmd.models.wire import Progress
 
 pytestmark = pytest.mark.component
 

@@ -19,6 +19,7 @@ from tests import tiny_models
 from vllmd.config import envfile
 from vllmd.models import command, demo, wire
 from vllmd.models.identity import hash12
+from vllmd.models.progress import Progress
 
 pytestmark = pytest.mark.component
 
@@ -46,7 +47,7 @@ def test_resolved_then_verified(tmp_path: Path) -> None:
     directory = demo.make(tmp_path / "Tiny")
     status, events, said = fetch(wire.encode_request(tiny_models.request(tmp_path), tiny_models.settings(verify="sha256")))
     assert (status, said) == (0, b"")
-    kinds = [type(event) for event in events if not isinstance(event, wire.Progress)]
+    kinds = [type(event) for event in events if not isinstance(event, Progress)]
     assert kinds == [wire.Resolved, wire.Verified]
     [resolved] = [event for event in events if isinstance(event, wire.Resolved)]
     assert resolved.model.directory == directory
@@ -95,7 +96,7 @@ def test_ends_when_its_daemon_does(tmp_path: Path) -> None:
             child.stdin.write(line)
             child.stdin.flush()
             waiting = wire.decode_event(child.stdout.readline())
-            assert isinstance(waiting, wire.Progress)
+            assert isinstance(waiting, Progress)
             assert waiting.phase == "lock"
             assert child.poll() is None
             child.stdin.close()

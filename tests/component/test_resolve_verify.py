@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 
 from tests import tiny_models
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.errors import ModelInvalid
 from vllmd.models import demo, hashing, reading, sums
 from vllmd.models.identity import label
+from vllmd.models.progress import Progress
 from vllmd.models.resolve import resolve, verified
-from vllmd.models.wire import Progress
 
 pytestmark = pytest.mark.component
 

@@ -15,10 +15,10 @@ from tests import tiny_models
 from tests.fakes.hub import Asked, FakeHub, Reply
 from vllmd.config.settings import Model
 from vllmd.models.download import Limits, download
+from vllmd.models.progress import Progress
 from vllmd.models.sources import Context, Offered, hub_xet
 from vllmd.models.sources.hf_hub import Hub
 from vllmd.models.stage import Stage
-from vllmd.models.wire import Progress
 
 pytestmark = pytest.mark.component
 

@@ -14,11 +14,11 @@ from tests import tiny_models
 from tests.component.test_source_s3 import environ
 from tests.fakes.s3_server import Asked, Reply, S3Server, error, item, listing
 from vllmd.config.settings import Model
-from vllmd.core.plan import ResolvedModel
+from vllmd.core.model import ResolvedModel
 from vllmd.errors import ModelInvalid
 from vllmd.models import demo
+from vllmd.models.progress import Progress
 from vllmd.models.resolve import resolve
-from vllmd.models.wire import Progress
 
 pytestmark = [pytest.mark.component, pytest.mark.usefixtures("environ")]
 

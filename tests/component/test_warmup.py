@@ -16,7 +16,7 @@ from tests import tiny_models
 from tests.component.daemons import ends, hold, quick, stop
 from tests.component.test_resolve_verify import SHARD2, flip, write_sums
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.errors import ModelInvalid, VllmdError
 from vllmd.models import demo, hashing, publish, warmup, wire
 from vllmd.models.contents import Contents, Entry
@@ -24,9 +24,9 @@ from vllmd.models.hashing import Digest, Manner, hash_files
 from vllmd.models.identity import label
 from vllmd.models.inventory import ModelFile, take
 from vllmd.models.lock import private_directory
+from vllmd.models.progress import Progress
 from vllmd.models.resolve import resolve
 from vllmd.models.verify import verify
-from vllmd.models.wire import Progress
 
 pytestmark = pytest.mark.component
 
@@ -372,7 +372,7 @@ def test_child_ends_at_once_when_its_daemon_does_during_the_pass(start: Start, o
         child.stdin.flush()
         for line in child.stdout:
             event = wire.decode_event(line)
-            if isinstance(event, wire.Progress) and event.done_bytes and event.bytes_per_s and event.eta_s > 0:
+            if isinstance(event, Progress) and event.done_bytes and event.bytes_per_s and event.eta_s > 0:
                 break
         began = time.monotonic()
         child.stdin.close()

@@ -17,14 +17,14 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.models import demo
 from vllmd.models.identity import label
 from vllmd.models.obtain import Errand, obtain
+from vllmd.models.progress import Progress
 from vllmd.models.publish import current
 from vllmd.models.remote import Listing, RemoteFile, Request
 from vllmd.models.sources import Offered
-from vllmd.models.wire import Progress
 
 STORE = Path("/mnt/models")
 REQUEST = ModelRequest("Tiny", "acme/Tiny", "", "", ("r2",), STORE)

@@ -21,6 +21,7 @@ LAYERS = [
     {"system"},
     {"gpu", "models", "engines"},
     {"preflight"},
+    {"configured"},
     {"stages"},
     {"instance"},
     {"daemon", "check"},

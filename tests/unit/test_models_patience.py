@@ -7,7 +7,7 @@ import pytest
 from vllmd.models import patience
 from vllmd.models.amounts import duration, progress, size
 from vllmd.models.patience import Patience
-from vllmd.models.wire import Progress
+from vllmd.models.progress import Progress
 
 pytestmark = pytest.mark.unit
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests import tiny_models
-from vllmd.core.plan import ResolvedModel
+from vllmd.core.model import ResolvedModel
 from vllmd.errors import ModelInvalid, ModelNotFound, PermissionMissing, StorageFailed, TryLater, VllmdError
 from vllmd.models import wire
+from vllmd.models.progress import Progress
 
 pytestmark = pytest.mark.unit
 
@@ -28,7 +29,7 @@ def test_request_arrives_as_it_was_sent() -> None:
 @pytest.mark.parametrize(
     "event",
     [
-        wire.Progress("verify", "local", 1, 2, "verifying\nthings"),
+        Progress("verify", "local", 1, 2, "verifying\nthings"),
         wire.Resolved(ResolvedModel("acme/Tiny", Path("/m"), "local", "abc", 7, "")),
         wire.Verified("ff"),
     ],
@@ -70,6 +71,6 @@ def test_half_an_event_is_a_failure_of_the_child(line: bytes) -> None:
 
 
 def test_fraction_is_known_only_with_a_total() -> None:
-    assert wire.Progress("verify", "", 1, 4).fraction == 0.25
-    assert wire.Progress("verify", "", 9, 4).fraction == 1.0
-    assert wire.Progress("verify").fraction is None
+    assert Progress("verify", "", 1, 4).fraction == 0.25
+    assert Progress("verify", "", 9, 4).fraction == 1.0
+    assert Progress("verify").fraction is None

@@ -17,6 +17,7 @@ from tools import fuzz
 from vllmd.config import envfile
 from vllmd.errors import ModelInvalid
 from vllmd.models import contents, safetensors, sums, wire
+from vllmd.models.progress import Progress
 
 pytestmark = pytest.mark.unit
 
@@ -133,7 +134,7 @@ def test_manifests_come_back(tmp_path_factory: pytest.TempPathFactory, text: str
 @QUICK
 @given(TEXT, st.integers(0, 1 << 60))
 def test_events_come_back(text: str, number: int) -> None:
-    for event in (wire.Progress("fetch", text, number, number, text), wire.Verified(text)):
+    for event in (Progress("fetch", text, number, number, text), wire.Verified(text)):
         assert wire.decode_event(wire.encode_event(event)) == event
 
 

@@ -33,7 +33,7 @@ def test_not_asked(settings: Model, reason: str, tmp_path: Path) -> None:
 def test_who_has_no_bucket_pays_nothing_for_it(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path; from vllmd.models.sources import Context, get; from vllmd.config.settings import Model\n"
-        "from vllmd.core.plan import ModelRequest\n"
+        "from vllmd.core.model import ModelRequest\n"
         "get('r2').find(ModelRequest('a', '', '', '', (), Path('/')), Context(Model(), {}))\n"
         "print([name for name in sys.modules if name.split('.')[0] in ('botocore', 'boto3', 'urllib3')])"
     )

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
+
+from vllmd.core.model import ModelRequest
 
 MODEL_PLACEHOLDER = "<model>"
 """Stands in a plan's argv where the resolved, verified directory will stand."""
@@ -89,45 +90,6 @@ class Deadlines:
     def stop_s(self) -> float:
         """The longest that a whole stop can take."""
         return self.drain_s + self.kill_s + self.gpu_release_s
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRequest:
-    """Which model is wanted, and where it may come from. `key` is the model part of `identity`: the id, else the name."""
-
-    name: str
-    id: str
-    revision: str
-    path: str
-    sources: tuple[str, ...]
-    store: Path
-
-    @property
-    def selected(self) -> bool:
-        return bool(self.name or self.id or self.path)
-
-    @property
-    def key(self) -> str:
-        return self.id or self.name or self.path
-
-    @property
-    def identity(self) -> str:
-        return f"{self.key}@{self.revision}" if self.revision else self.key
-
-
-@dataclass(frozen=True, slots=True)
-class ResolvedModel:
-    """A model that was found and passed validation. `directory` is what the engine is given: a real path, never a link.
-
-    `via` is the source's name; `identity` as asked; `manifest_sha256` names the content ('' while not computed).
-    """
-
-    identity: str
-    directory: Path
-    via: str
-    revision: str = ""
-    bytes: int = 0
-    manifest_sha256: str = ""
 
 
 @dataclass(frozen=True, slots=True)

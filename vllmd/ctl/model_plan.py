@@ -20,7 +20,7 @@ from vllmd.config.paths import Paths
 
 if TYPE_CHECKING:
     from vllmd.config.settings import Model
-    from vllmd.core.plan import ModelRequest
+    from vllmd.core.model import ModelRequest
     from vllmd.core.sizing import Wanted
     from vllmd.core.sizing_verdict import Device
     from vllmd.ctl.store import Place

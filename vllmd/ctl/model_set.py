@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from vllmd import stages
+from vllmd import configured, stages
 from vllmd.config import layers
 from vllmd.config.given import BUILT_IN
 from vllmd.config.layers import Loaded
@@ -108,7 +108,7 @@ def _free_port(paths: Paths, names: list[str]) -> int:
 def checked(paths: Paths, name: str, text: str, instance_text: str, settings: Mapping[str, Any], tier: str = "") -> list[str]:
     """What a person should know of it. VllmdError where a start would refuse it, or where it would have no effect."""
     with model_file.overlay(paths, name, text, instance_text) as there:
-        prepared = stages.prepare(name, there, {name: os.environ[name] for name in ("PATH",) if name in os.environ})
+        prepared = configured.prepare(name, there, {name: os.environ[name] for name in ("PATH",) if name in os.environ})
         ours = str(there.config / f"{name}.d" / model_file.DROP_IN)
         told = list(_others(prepared.loaded, ours, settings))
         try:

@@ -20,7 +20,7 @@ from typing import Any
 
 import yaml
 
-from vllmd import stages
+from vllmd import configured
 from vllmd.config import layers, show
 from vllmd.config.layers import HOST_FILE
 from vllmd.config.paths import Paths
@@ -192,10 +192,10 @@ def _way(paths: Paths, instance: str, title: str, kept: Mapping[str, Kept], told
 def _pins(paths: Paths, instance: str, chosen: Generation) -> tuple[dict[str, Any], tuple[str, ...]]:
     """What the files alone would not bring back: the model's version, the engine."""
     there = replace(paths, config=paths.config / generations.FILES_FOLDER / instance / chosen.configuration)
-    prepared = stages.prepare(instance, there, {})
+    prepared = configured.prepare(instance, there, {})
     pins: dict[str, Any] = {}
     told: list[str] = []
-    request = stages.model_request(prepared.config, paths)
+    request = configured.model_request(prepared.config, paths)
     version = text(chosen.record, "model", "version")
     if request.selected and not request.path and generations.SUM.fullmatch(version):
         link = request.store / label(request)

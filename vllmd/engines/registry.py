@@ -5,9 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache
+from typing import TYPE_CHECKING, Any
 
-from vllmd.engines.protocol import Engine
 from vllmd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from vllmd.engines.protocol import Engine
 
 GROUP = "vllmd.engines"
 
@@ -30,6 +33,15 @@ def register(name: str, factory: Callable[[], Engine]) -> None:
 def get(name: str) -> Engine:
     """ConfigError where there is no engine of that name, or where it does not load."""
     return _made(name)
+
+
+def tuning(name: str) -> type[Any]:
+    """The settings of an engine of that name (engines/protocol). Ours tells them without being loaded. ConfigError as `get`."""
+    if _factories.get(name) is _vllm:
+        from vllmd.engines.vllm_tuning import Tuning
+
+        return Tuning
+    return get(name).tuning
 
 
 def names() -> list[str]:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from vllmd.config.settings import Serve
+from vllmd.configured import Prepared
 from vllmd.core.keyring import Key, Ring
 from vllmd.engines.given_keys import api_keys
 from vllmd.engines.guard import vllmd_guard
@@ -22,7 +23,6 @@ from vllmd.engines.protocol import GUARD_FILE, Context, Guarding
 from vllmd.errors import VllmdError
 from vllmd.instance import keys
 from vllmd.instance.keys import Held
-from vllmd.stages import Prepared
 from vllmd.system.control import Reply
 from vllmd.system.files import read_small, storage_error, write_atomic
 from vllmd.system.journal import Journal

@@ -16,7 +16,7 @@ from vllmd.config.redact import redact_tree
 from vllmd.core.events import Failure
 from vllmd.core.load import Load
 from vllmd.core.plan import Plan
-from vllmd.models.wire import Progress
+from vllmd.models.progress import Progress
 from vllmd.system.files import write_atomic
 
 SCHEMA = 1

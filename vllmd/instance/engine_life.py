@@ -20,7 +20,8 @@ from vllmd.config import show
 from vllmd.config.redact import redact_argv, redact_text
 from vllmd.config.settings import Log
 from vllmd.core import events as ev
-from vllmd.core.plan import Command, Plan, ResolvedModel
+from vllmd.core.model import ResolvedModel
+from vllmd.core.plan import Command, Plan
 from vllmd.engines.protocol import Context, Engine, Guarding, Holding, Preparing, ProofRequest
 from vllmd.errors import EngineFailed, TryLater
 from vllmd.instance import record

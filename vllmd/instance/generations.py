@@ -27,7 +27,8 @@ from vllmd.config import layers, show
 from vllmd.config.given import BUILT_IN
 from vllmd.config.layers import Loaded
 from vllmd.config.paths import Paths
-from vllmd.core.plan import Plan, ResolvedModel
+from vllmd.core.model import ResolvedModel
+from vllmd.core.plan import Plan
 from vllmd.instance.board import now_text
 from vllmd.models import kept
 from vllmd.models.store import manifest_name

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from vllmd.config.settings import Config
+from vllmd.configured import Prepared
 from vllmd.core import faults
 from vllmd.core.events import Failure
 from vllmd.core.faults import Cause, Facts, GpuFact, Signs
@@ -31,7 +32,6 @@ from vllmd.instance.evidence_stacks import find_py_spy, python_stacks
 from vllmd.instance.incident_report import Material, gpu_total_gib, parts, plain_summary, told
 from vllmd.instance.vitals import Vitals
 from vllmd.preflight import child
-from vllmd.stages import Prepared
 from vllmd.system.journal import Journal
 from vllmd.system.terminal import Stderr
 from vllmd.system.threads import in_thread

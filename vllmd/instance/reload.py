@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-from vllmd import stages
+from vllmd import configured, stages
 from vllmd.config.settings import Config
+from vllmd.configured import Prepared
 from vllmd.errors import VllmdError
-from vllmd.stages import Prepared
 from vllmd.system.journal import Journal
 from vllmd.system.terminal import Stderr
 
@@ -71,7 +71,7 @@ def read_again(prepared: Prepared, old: Config, journal: Journal | Stderr, runni
     `running` is the program that serves ('' for none): an engine that was chosen since is told as `engine`."""
     instance = prepared.instance
     try:
-        read = stages.prepare(instance, prepared.paths, prepared.environ, prepared.overrides)
+        read = configured.prepare(instance, prepared.paths, prepared.environ, prepared.overrides)
     except VllmdError as error:
         journal.event("reloaded", f"the configuration is not taken over: {error.what}", priority=3, hint=error.hint)
         return None

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from vllmd.config.settings import Model
+from vllmd.configured import Prepared
 from vllmd.core import events as ev
 from vllmd.core.lifecycle import State
-from vllmd.core.plan import ModelRequest, ResolvedModel
+from vllmd.core.model import ModelRequest, ResolvedModel
 from vllmd.instance.board import Board
 from vllmd.instance.clockwork import Clockwork
 from vllmd.instance.resolving import child_environ, resolve
 from vllmd.models import wire
 from vllmd.models.amounts import size
+from vllmd.models.progress import Progress
 from vllmd.models.whereabouts import WORDS
-from vllmd.stages import Prepared
 from vllmd.system.journal import Journal
 from vllmd.system.sink import LEVELS
 from vllmd.system.terminal import Stderr
@@ -50,18 +51,18 @@ class Resolution:
         self._clockwork.allow(settings.lock_timeout_s + 60)
         await resolve(wire.encode_request(request, settings), child_environ(prepared.environ, settings), self._heard)
 
-    def _heard(self, event: wire.Progress | wire.Resolved | wire.Verified) -> None:
+    def _heard(self, event: Progress | wire.Resolved | wire.Verified) -> None:
         if self._state() is State.RESOLVING:  # after that the clocks of the start hold
             self._clockwork.allow(ALLOWED_S)
         match event:
-            case wire.Progress():
+            case Progress():
                 self._progress(event)
             case wire.Resolved(model):
                 self._resolved(model)
             case wire.Verified():
                 self._post(ev.ModelVerified())
 
-    def _progress(self, progress: wire.Progress) -> None:
+    def _progress(self, progress: Progress) -> None:
         if progress.level:
             self._journal.event("model-progress", progress.text, priority=LEVELS[progress.level])
         state = self._state()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from vllmd.config.settings import Model
 from vllmd.errors import EngineFailed, TryLater, VllmdError
 from vllmd.models import wire
+from vllmd.models.progress import Progress
 from vllmd.system import credentials
 
 LINE_LIMIT = 1 << 20
@@ -18,7 +19,7 @@ KILL_S = 0.5
 
 
 async def resolve(
-    request: bytes, environ: Mapping[str, str], on_event: Callable[[wire.Progress | wire.Resolved | wire.Verified], None]
+    request: bytes, environ: Mapping[str, str], on_event: Callable[[Progress | wire.Resolved | wire.Verified], None]
 ) -> None:
     """Runs the child to its end; raises the VllmdError that it reported. Cancelling kills it."""
     child = _start(environ)
@@ -65,7 +66,7 @@ def _start(environ: Mapping[str, str]) -> subprocess.Popen[bytes]:
 async def _converse(
     child: subprocess.Popen[bytes],
     request: bytes,
-    on_event: Callable[[wire.Progress | wire.Resolved | wire.Verified], None],
+    on_event: Callable[[Progress | wire.Resolved | wire.Verified], None],
 ) -> None:
     assert child.stdin is not None
     assert child.stdout is not None

@@ -20,7 +20,7 @@ from typing import Any
 
 from vllmd.config import parsers
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.errors import ModelInvalid
 from vllmd.models import contents as manifests
 from vllmd.models import publish, space

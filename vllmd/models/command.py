@@ -18,14 +18,14 @@ from vllmd.config import envfile
 from vllmd.config.rows import table
 from vllmd.config.settings import Model
 from vllmd.config.sources import from_environment
-from vllmd.core.plan import ModelRequest, ResolvedModel
+from vllmd.core.model import ModelRequest, ResolvedModel
 from vllmd.errors import ConfigError, ModelInvalid, UsageError, VllmdError
 from vllmd.models.identity import hash12, request_from, slug
 from vllmd.models.inventory import is_snapshot
 from vllmd.models.ioerrors import translated
+from vllmd.models.progress import Progress
 from vllmd.models.provenance import FILE as PROVENANCE
 from vllmd.models.resolve import resolve, verified
-from vllmd.models.wire import Progress
 from vllmd.system.files import storage_error
 
 USAGE = """usage: vllm-resolve-model [--help] [--version]

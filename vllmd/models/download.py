@@ -18,6 +18,7 @@ from pathlib import Path
 
 from vllmd.errors import ModelInvalid
 from vllmd.models.hashing import Digest
+from vllmd.models.progress import Progress
 from vllmd.models.remote import Listing, RemoteFile, Transport, known_sums
 from vllmd.models.stage import Stage
 from vllmd.models.transfer import tls
@@ -28,7 +29,6 @@ from vllmd.models.transfer.meter import Meter
 from vllmd.models.transfer.watch import Watch
 from vllmd.models.transfer.work import Ended, Task, Work
 from vllmd.models.transfer.worker import Manner, Worker
-from vllmd.models.wire import Progress
 from vllmd.system.files import storage_error
 
 LOOK_S = 0.1

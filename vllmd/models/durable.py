@@ -51,6 +51,12 @@ def settle(directory: Path, owner: os.stat_result, tell: Callable[[str], None]) 
         _settle_directory(path, owner)
 
 
+def settle_own(path: Path, owner: os.stat_result) -> None:
+    """The same for one file of ours, and the directory that it is in. OSError."""
+    _settle_file(path, owner, OWN_FILE_MODE)
+    sync_directory(path.parent)
+
+
 def _mode(directory: Path, path: Path) -> int:
     return OWN_FILE_MODE if path.parent == directory and path.name in OWN_FILES else FILE_MODE
 

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 
 
 def slug(text: str) -> str:

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest, ResolvedModel
+from vllmd.core.model import ModelRequest, ResolvedModel
 from vllmd.errors import VllmdError
 from vllmd.models import amounts, publish, space, sums, weights
 from vllmd.models.beat import beating
@@ -26,12 +26,12 @@ from vllmd.models.identity import label
 from vllmd.models.inventory import invalid
 from vllmd.models.ioerrors import explained
 from vllmd.models.listing import checked, refuse_pickles, selected
+from vllmd.models.progress import Progress
 from vllmd.models.remote import Listing, Transport, known_sums
 from vllmd.models.retention import empty_trash
 from vllmd.models.sources import Offered
 from vllmd.models.stage import Stage
 from vllmd.models.validate import checks_of, validate
-from vllmd.models.wire import Progress
 
 
 @dataclass(frozen=True, slots=True)

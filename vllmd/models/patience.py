@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 
 from vllmd.models.amounts import duration
-from vllmd.models.wire import Progress
+from vllmd.models.progress import Progress
 
 LONGEST_PAUSE_S = 300.0
 SAY_AGAIN_S = 10.0

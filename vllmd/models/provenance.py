@@ -8,7 +8,7 @@ import errno
 from collections.abc import Mapping
 from pathlib import Path
 
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.models.contents import Contents
 from vllmd.models.identity import hash12
 from vllmd.system.files import read_small, write_atomic

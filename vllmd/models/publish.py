@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.errors import StorageFailed
 from vllmd.models import contents as manifests
 from vllmd.models import durable, links, provenance, published, retention
@@ -159,10 +159,11 @@ def _changed(path: Path, reason: str) -> StorageFailed:
 
 
 def _complete(store: Path, request: ModelRequest, stage: Path, contents: Contents, tell: Tell) -> None:
-    """Adds the files of ours, and puts everything on the disk."""
-    manifests.write(stage, contents)
+    """Adds the files of ours, and puts everything on the disk; the manifest last, whose time says what was written to since (`published.sealed_ns`)."""
     provenance.write(stage, request, contents)
     durable.settle(stage, store.stat(), tell)
+    manifests.write(stage, contents)
+    durable.settle_own(stage / manifests.FILE, store.stat())
 
 
 def _place(store: Path, stage: Path, directory: Path, contents: Contents) -> None:

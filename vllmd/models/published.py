@@ -62,6 +62,12 @@ def manifest_of(directory: Path) -> Contents | None:
     return contents if contents.sha256 == directory.name else None
 
 
+def sealed_ns(directory: Path) -> int:
+    """When a version was complete, in ns since the epoch. Its files were validated before that and are not written to after it: one
+    whose times are older is as it was then. OSError."""
+    return (directory / manifests.FILE).stat(follow_symlinks=False).st_mtime_ns
+
+
 def fault(directory: Path, contents: Contents) -> str:
     """Why a version cannot be served, '' if it can. Reads names and sizes only. OSError."""
     wrong = sorted(damaged(directory))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from vllmd.models import amounts
 from vllmd.models.hashing import Digest, Manner, hash_files
 from vllmd.models.inventory import Inventory, ModelFile, invalid, take
-from vllmd.models.wire import Progress
+from vllmd.models.progress import Progress
 
 Report = Callable[[Progress], None]
 WINDOW = 10

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest, ResolvedModel
+from vllmd.core.model import ModelRequest, ResolvedModel
 from vllmd.errors import (
     ConfigError,
     ModelInvalid,
@@ -30,10 +30,10 @@ from vllmd.models.identity import hash12
 from vllmd.models.ioerrors import explained, translated
 from vllmd.models.lock import locked
 from vllmd.models.places import is_directory
+from vllmd.models.progress import Progress
 from vllmd.models.published import manifest_of
 from vllmd.models.sources import Candidate, Context, Found, NotFound, Offered
 from vllmd.models.validate import checks_of, validate
-from vllmd.models.wire import Progress
 
 Report = Callable[[Progress], None]
 NONE_REJECTED: Mapping[Path, VllmdError] = MappingProxyType({})
@@ -216,7 +216,7 @@ def _choose(source: sources.Source, asking: _Asking, candidates: tuple[Candidate
 def _validated(source: sources.Source, asking: _Asking, candidate: Candidate) -> ResolvedModel:
     if candidate.directory in asking.rejected:
         raise asking.rejected[candidate.directory]
-    inventory = validate(candidate.directory, checks_of(asking.context.settings))
+    inventory = validate(candidate.directory, checks_of(asking.context.settings), candidate.sealed_ns)
     return ResolvedModel(
         identity=asking.request.identity,
         directory=candidate.directory,

@@ -12,18 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest, ResolvedModel
+from vllmd.core.model import ModelRequest, ResolvedModel
 from vllmd.models import manifest, sums, warmup, weights
 from vllmd.models.hashing import Digest, Manner
 from vllmd.models.identity import label
 from vllmd.models.inventory import Inventory, ModelFile, invalid, is_snapshot, take
 from vllmd.models.ioerrors import explained
 from vllmd.models.manifest import Manifest, Record
+from vllmd.models.progress import Progress
 from vllmd.models.published import manifest_of
 from vllmd.models.reading import read
 from vllmd.models.verify_version import verify_version
 from vllmd.models.warmup import POLITE_S, Decision
-from vllmd.models.wire import Progress
 
 CORRUPT_HINT = "Its bytes changed on the disk or on the way: fetch the model again."
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest, ResolvedModel
+from vllmd.core.model import ModelRequest, ResolvedModel
 from vllmd.errors import ModelInvalid, VllmdError
 from vllmd.models import manifest
 from vllmd.models.contents import Contents
@@ -15,10 +15,10 @@ from vllmd.models.identity import label
 from vllmd.models.inventory import Inventory, invalid, take
 from vllmd.models.ioerrors import translated
 from vllmd.models.manifest import Manifest, Record
+from vllmd.models.progress import Progress
 from vllmd.models.published import mark_damaged
 from vllmd.models.reading import Report, read
 from vllmd.models.warmup import POLITE_S, Decision
-from vllmd.models.wire import Progress
 
 HINT = "Its bytes changed on the disk. Start again: this file is fetched anew, if a source that has it can be reached."
 

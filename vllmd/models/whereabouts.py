@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.models import sources
 from vllmd.models.sources import Context, Found
 

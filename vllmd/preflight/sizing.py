@@ -16,7 +16,7 @@ from vllmd.config.settings import Model
 from vllmd.core import architecture
 from vllmd.core import weights as shares
 from vllmd.core.architecture import SIZES
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.core.sizing import Estimate, Wanted, dtype_of, estimate
 from vllmd.core.sizing_verdict import Case, Device, Verdict, judge
 from vllmd.errors import VllmdError

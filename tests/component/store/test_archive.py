@@ -20,7 +20,7 @@ from tests.component.daemons import quick, stop
 from vllmd import ctl
 from vllmd.config.paths import root_paths
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.errors import ModelInvalid
 from vllmd.models import contents as manifests
 from vllmd.models import demo

@@ -12,7 +12,7 @@ from tests.component.store.stores import (
     COMMIT,
     Run,
 )
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.models import demo
 from vllmd.models.lock import DIRECTORY as LOCKS
 from vllmd.models.published import damaged
@@ -98,7 +98,7 @@ def test_own_directory_without_sums_says_so(ctl: Run, store: Path) -> None:
 
 def test_own_directory_is_verified_by_what_an_earlier_start_saw(ctl: Run, store: Path) -> None:
     from vllmd.config.settings import Model
-    from vllmd.core.plan import ResolvedModel
+    from vllmd.core.model import ResolvedModel
     from vllmd.models.verify import verify
 
     directory = demo.make(store / "Mine")

@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vllmd import stages
+from vllmd import configured, stages
 from vllmd.config.paths import Paths
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.ctl import unit as units
 from vllmd.ctl.doctor.facts import Failure, InstanceFacts, PortFacts, SourceFacts
 from vllmd.ctl.doctor.gather_places import CREDENTIAL_PREFIX, CREDSTORES, supervisors
@@ -31,11 +31,11 @@ def look(paths: Paths, names: Sequence[str]) -> tuple[InstanceFacts, ...]:
 
 def _instance(paths: Paths, name: str) -> InstanceFacts:
     try:
-        prepared = stages.prepare(name, paths, os.environ)
+        prepared = configured.prepare(name, paths, os.environ)
     except VllmdError as error:
         return InstanceFacts(name, failure(error))
     config = prepared.config
-    request = stages.model_request(config, paths)
+    request = configured.model_request(config, paths)
     facts = InstanceFacts(
         name,
         warnings=prepared.loaded.warnings,
@@ -48,11 +48,11 @@ def _instance(paths: Paths, name: str) -> InstanceFacts:
     return _with_plan(prepared, facts) if request.selected else facts
 
 
-def _with_plan(prepared: stages.Prepared, facts: InstanceFacts) -> InstanceFacts:
+def _with_plan(prepared: configured.Prepared, facts: InstanceFacts) -> InstanceFacts:
     from vllmd.models.whereabouts import whereabouts
 
     config = prepared.config
-    request = stages.model_request(config, prepared.paths)
+    request = configured.model_request(config, prepared.paths)
     where = whereabouts(request, config.model, prepared.environ)
     network = _network(request, config.model) if "download" in where or "asked of" in where else ()
     facts = dataclasses.replace(facts, is_here=not where.startswith("not here"), network=network)
@@ -125,8 +125,8 @@ def source(paths: Paths, name: str, which: str, environ: Mapping[str, str]) -> S
     from vllmd.models.sources import Context, NotFound, Skipped
 
     os.environ.update(environ)  # botocore reads the process's own; this is a child
-    prepared = stages.prepare(name, paths, os.environ)
-    request = stages.model_request(prepared.config, paths)
+    prepared = configured.prepare(name, paths, os.environ)
+    request = configured.model_request(prepared.config, paths)
     try:
         found = sources.get(which).find(request, Context(prepared.config.model, os.environ))
     except VllmdError as error:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, cast
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 
 if TYPE_CHECKING:
     from vllmd.models.remote import Listing, Transport
@@ -41,11 +41,12 @@ class Context:
 @dataclass(frozen=True, slots=True)
 class Candidate:
     """A directory that should hold the model. `directory` is a real path; `revision` the commit where known; `warning` what a
-    person should know if it is taken."""
+    person should know if it is taken; `sealed_ns` when all that it had was validated (`published.sealed_ns`), 0 for never."""
 
     directory: Path
     revision: str = ""
     warning: str = ""
+    sealed_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.errors import ConfigError, ModelNotFound, SourceUnavailable
 from vllmd.models.sources import Context, Finding, NotFound, Offered, Skipped, hub_revision
 from vllmd.models.sources.endpoint import parsed

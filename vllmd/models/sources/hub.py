@@ -7,7 +7,7 @@ import os
 import re
 from pathlib import Path
 
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.models.identity import hub_slug
 from vllmd.models.places import is_real_directory
 from vllmd.models.sources import Candidate

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.errors import ConfigError
 
 

@@ -23,13 +23,13 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from vllmd.config.settings import Model
+from vllmd.models.progress import Progress
 from vllmd.models.remote import Listing, RemoteFile, Transport
 from vllmd.models.sources.hub_transport import HubTransport
 from vllmd.models.stage import Stage
 from vllmd.models.transfer import tls
 from vllmd.models.transfer.journal import Kept
 from vllmd.models.transfer.ranges import Ranges
-from vllmd.models.wire import Progress
 from vllmd.system import credentials
 
 MIN_RATE = 1024

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.errors import ConfigError
 from vllmd.models import provenance
 from vllmd.models.identity import hash12, label
 from vllmd.models.places import is_directory, present
-from vllmd.models.published import fault, manifest_of
+from vllmd.models.published import fault, manifest_of, sealed_ns
 from vllmd.models.sources import Candidate, Context, Finding, Found, NotFound, hub_revision
 from vllmd.models.store import PUBLISHED, published_target
 
@@ -74,7 +74,7 @@ class _Looked:
         elif reason := fault(directory, contents):
             self.reasons.append(f"{directory} {reason}")
         elif self._is_allowed(contents.source):
-            self.found.append(Candidate(directory, contents.revision))
+            self.found.append(Candidate(directory, contents.revision, sealed_ns=sealed_ns(directory)))
 
     def _is_allowed(self, source: str) -> bool:
         """What a hub once gave is no more fixed for lying here: the policy may be younger than the version."""

@@ -16,7 +16,7 @@ A revision is no part of the path, as in the existing tools: whoever keeps sever
 from __future__ import annotations
 
 from vllmd.config.settings import Model
-from vllmd.core.plan import ModelRequest
+from vllmd.core.model import ModelRequest
 from vllmd.models.sources import Context, Finding, NotFound, Offered, Skipped
 
 

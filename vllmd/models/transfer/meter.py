@@ -6,7 +6,7 @@ import threading
 import time
 from collections import deque
 
-from vllmd.models.wire import Progress
+from vllmd.models.progress import Progress
 
 WINDOW_S = 5.0
 
