@@ -23,7 +23,7 @@ from vllmd.config.paths import Paths, root_paths
 from vllmd.ctl import engine as ctl_engine
 from vllmd.engines import choice, install, locks, packages, record, verify
 from vllmd.errors import EngineFailed, TryLater, UsageError, VllmdError
-from vllmd.system import sharedlock
+from vllmd.system import lockfile, sharedlock
 
 pytestmark = pytest.mark.component
 
@@ -133,9 +133,9 @@ def test_the_lock_of_a_running_engine_goes_over_to_the_program_that_it_becomes(p
     with subprocess.Popen([sys.executable, "-c", code, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == "running\n"
-        assert sharedlock.is_shared(directory)
+        assert lockfile.is_locked(directory)
         child.communicate("\n", timeout=20)
-    assert not sharedlock.is_shared(directory)
+    assert not lockfile.is_locked(directory)
 
 
 def test_nobody_begins_to_use_what_is_being_removed(paths: Paths) -> None:

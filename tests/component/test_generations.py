@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -154,7 +155,8 @@ def test_kept_files_that_were_changed_are_refused(instance: Instance) -> None:
     ctl(instance, "rollback", instance.name, "1", "--yes", status=78)
 
 
-def test_model_version_and_engine_of_a_generation_come_back(instance: Instance) -> None:
+def serving_a_version(instance: Instance) -> tuple[Path, Path]:
+    """The store, and its first version, which a generation has now."""
     store = instance.root / "lib/models"
     store.mkdir(parents=True)
     first = publishing.publish_version(store, 1)
@@ -162,6 +164,11 @@ def test_model_version_and_engine_of_a_generation_come_back(instance: Instance) 
     del instance.config["engine"]["executable"]
     instance.write_config()
     served(instance)
+    return store, first
+
+
+def test_model_version_and_engine_of_a_generation_come_back(instance: Instance) -> None:
+    store, first = serving_a_version(instance)
     second = publishing.publish_version(store, 2, keep=1)
     assert first.is_dir(), "the version of a generation was removed"
     served(instance)
@@ -208,13 +215,7 @@ def test_a_version_that_a_rollback_pinned_stays_until_the_instance_is_ready_with
 
 def test_a_generation_with_pins_of_an_earlier_rollback_comes_back_with_all_of_them(instance: Instance) -> None:
     """Its engine had to be pinned, and that replaced the pin of its model: generation 3 came back with the model of generation 2."""
-    store = instance.root / "lib/models"
-    store.mkdir(parents=True)
-    first = publishing.publish_version(store, 1)
-    instance.config["model"] = {"id": "acme/Tiny", "sources": ["local"]}
-    del instance.config["engine"]["executable"]
-    instance.write_config()
-    served(instance)
+    store, first = serving_a_version(instance)
     publishing.publish_version(store, 2)
     served(instance)
     ctl(instance, "rollback", instance.name, "1", "--yes")

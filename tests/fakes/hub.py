@@ -137,34 +137,29 @@ class FakeHub:
         files = self._history.get((name, commit))
         return None if files is None else (commit, files)
 
+    def _found(self, asked: Asked, name: str, revision: str, *, files: bool) -> tuple[str, Mapping[str, bytes]] | Reply:
+        """The commit and its files, or why they are not given."""
+        return self._refused(asked, name, files=files) or self._at(name, revision) or refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+
     def _info(self, asked: Asked, name: str, revision: str) -> Reply:
-        refused = self._refused(asked, name, files=False)
-        if refused:
-            return refused
-        found = self._at(name, revision)
-        if found is None:
-            return refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        found = self._found(asked, name, revision, files=False)
+        if isinstance(found, Reply):
+            return found
         commit, files = found
         blobs = "blobs" in parse_qs(urlsplit(asked.target).query)
         siblings = [_sibling(path, content) if blobs else {"rfilename": path} for path, content in files.items()]
         return page({"id": name, "sha": commit, "private": name in self.private, "gated": "manual" if name in self.gated else False, "siblings": siblings})
 
     def _tree(self, asked: Asked, name: str, revision: str) -> Reply:
-        refused = self._refused(asked, name, files=False)
-        if refused:
-            return refused
-        found = self._at(name, revision)
-        if found is None:
-            return refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        found = self._found(asked, name, revision, files=False)
+        if isinstance(found, Reply):
+            return found
         return page([_entry(path, content) for path, content in found[1].items()])
 
     def _resolve(self, asked: Asked, name: str, revision: str, path: str) -> Reply:
-        refused = self._refused(asked, name, files=True)
-        if refused:
-            return refused
-        found = self._at(name, revision)
-        if found is None:
-            return refusal(404, "RevisionNotFound", f"Invalid rev id: {revision}")
+        found = self._found(asked, name, revision, files=True)
+        if isinstance(found, Reply):
+            return found
         commit, files = found
         if path not in files:
             return refusal(404, "EntryNotFound", "Entry not found")

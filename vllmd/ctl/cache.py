@@ -22,7 +22,8 @@ from vllmd.engines.caches import Cache
 from vllmd.errors import TryLater, UsageError
 from vllmd.models.amounts import size
 from vllmd.system.hardware import of_this_host
-from vllmd.system.sharedlock import claim, is_shared
+from vllmd.system.lockfile import is_locked
+from vllmd.system.sharedlock import claim
 
 _CLEARING = ".clearing-"
 _BAD = "*.bad-*"
@@ -101,7 +102,7 @@ def _row(paths: Paths, cache: Cache) -> dict[str, Any]:
         "aside_bytes": sum(caches.disk_bytes(each) for each in _aside(cache)),
         "instance": note.instance,
         "used_at": note.used_at,
-        "in_use": is_shared(cache.directory),
+        "in_use": is_locked(cache.directory),
         "why_unused": _why_unused(paths, cache),
     }
 

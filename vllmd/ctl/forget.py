@@ -7,7 +7,6 @@ What lies below the state is removed with the rights of its owner: links that th
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 import sys
@@ -27,6 +26,7 @@ from vllmd.instance import keys
 from vllmd.instance.generations import FILES_FOLDER
 from vllmd.models import kept
 from vllmd.system.files import storage_error
+from vllmd.system.lockfile import is_locked
 from vllmd.system.owner import as_owner
 
 _CREDSTORES = (Path("/etc/credstore"), Path("/etc/credstore.encrypted"))
@@ -66,22 +66,8 @@ def _refuse(paths: Paths, instance: str) -> None:
     for path in (paths.instance_config(instance), paths.config / f"{instance}.d"):
         if os.path.lexists(path):
             raise UsageError("still_configured", f"{instance} has a configuration: {path}", f"stop it and remove that first: systemctl{' --user' if paths.scope == 'user' else ''} disable --now {units.unit(instance)}; rm -r {path}")
-    if _is_supervised(paths.instance_runtime(instance) / "lock"):
+    if is_locked(paths.instance_runtime(instance) / "lock"):
         raise TryLater("instance_runs", f"{instance} runs, although it has no configuration", f"{paths.vllmctl} stop {instance}")
-
-
-def _is_supervised(lock: Path) -> bool:
-    try:
-        descriptor = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return True
-    finally:
-        os.close(descriptor)
-    return False
 
 
 def _left(paths: Paths, instance: str) -> Iterator[Left]:

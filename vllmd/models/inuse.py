@@ -4,13 +4,13 @@ exclusive lock (models/retention), and keeps it.
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from vllmd.models.store import USE_LOCK
+from vllmd.system.lockfile import is_locked
 
 _LOCKS = Path("/proc/locks")
 
@@ -70,22 +70,5 @@ def _parsed(line: str) -> Flock | None:
 
 
 def is_held(directory: Path) -> bool:
-    """Whether anybody holds a lock on the directory, other hosts' and containers' included as far as the file system tells.
-    For an instant it holds the exclusive lock itself, which who comes just then waits out. False where it may not look."""
-    return any(_is_locked(path) for path in (directory, directory / USE_LOCK))
-
-
-def _is_locked(path: Path) -> bool:
-    try:
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False  # NFS wants it opened for writing
-    finally:
-        os.close(fd)
-    return False
+    """Whether anybody uses the version (system/lockfile.is_locked)."""
+    return any(is_locked(path) for path in (directory, directory / USE_LOCK))

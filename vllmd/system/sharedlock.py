@@ -46,18 +46,6 @@ def claim(directory: Path) -> Callable[[], None] | None:
     return lambda: os.close(descriptor)
 
 
-def is_shared(directory: Path) -> bool:
-    """Whether somebody uses it; False where that cannot be told."""
-    try:
-        release = claim(directory)
-    except OSError:
-        return False
-    if release is None:
-        return True
-    release()
-    return False
-
-
 def _opened(directory: Path) -> int:
     return os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
 
