@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from tests.component.hostile import Bucket, World, hub_world, s3_world
 from tests.fakes.hub import FakeHub
 from tests.fakes.nvml import Stub
 from tests.fakes.s3_server import S3Server
+from vllmd.models.transfer import tls
 
 
 @pytest.fixture
@@ -28,6 +30,21 @@ def service() -> Iterator[ServiceCgroup]:
     group = ServiceCgroup()
     yield group
     group.remove()
+
+
+SPOKEN = ("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "AWS_", "R2_", "VLLM")
+
+
+@pytest.fixture
+def bare_home(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty home, and an environment that tells sources nothing."""
+    for name in list(os.environ):
+        if name.startswith(SPOKEN) or name.lower().endswith("_proxy") or name in ("CREDENTIALS_DIRECTORY", *tls.BUNDLES):
+            monkeypatch.delenv(name)
+    home = tmp_path / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    return home
 
 
 def stall_s(request: pytest.FixtureRequest) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,9 @@ WORDS = synthetic_models.config("llama", num_hidden_layers=6, vocab_size=8000)
 
 
 @pytest.fixture(autouse=True)
-def environ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "XDG_", "AWS_", "R2_", "VLLM")) or name.lower().endswith("_proxy") or name == "CREDENTIALS_DIRECTORY":
-            monkeypatch.delenv(name)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+def environ(monkeypatch: pytest.MonkeyPatch, bare_home: Path) -> Path:
     monkeypatch.setattr(pieces, "BACK_OFF_S", 0.01)
+    return bare_home
 
 
 class Plan:

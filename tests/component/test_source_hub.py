@@ -24,19 +24,10 @@ from vllmd.models.sources.hf_cache import HubCache
 from vllmd.models.sources.hf_hub import Hub
 from vllmd.models.stage import Stage
 
-pytestmark = pytest.mark.component
+pytestmark = [pytest.mark.component, pytest.mark.usefixtures("bare_home")]
 
 TOKEN = "hf_good"
 FILES = {"config.json": b"{}", "a b+%25#?.txt": b"odd name", "sub/x.json": b"[]", "model.safetensors": bytes(range(256)) * 400}
-
-
-@pytest.fixture(autouse=True)
-def environ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "XDG_")) or name.lower().endswith("_proxy") or name == "CREDENTIALS_DIRECTORY":
-            monkeypatch.delenv(name)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
 
 
 @pytest.fixture

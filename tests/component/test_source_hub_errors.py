@@ -26,21 +26,12 @@ from vllmd.models.download import Limits, download
 from vllmd.models.sources import Context, NotFound, Offered, hub_client, hub_listing
 from vllmd.models.sources.hf_hub import Hub
 from vllmd.models.stage import Stage
-from vllmd.models.transfer import tls
 
-pytestmark = pytest.mark.component
+pytestmark = [pytest.mark.component, pytest.mark.usefixtures("bare_home")]
 
 TOKEN, BAD = "hf_good", "hf_verybadtoken"
 COMMIT = "a" * 40
 FILES = {"config.json": b"{}", "model.safetensors": b"x" * 1000}
-
-
-@pytest.fixture(autouse=True)
-def environ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "XDG_")) or name.lower().endswith("_proxy") or name in ("CREDENTIALS_DIRECTORY", *tls.BUNDLES):
-            monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
 
 
 @pytest.fixture

@@ -27,14 +27,10 @@ FILES = {"config.json": b"{}", "model.safetensors": bytes(range(256)) * 4000}
 
 
 @pytest.fixture(autouse=True)
-def environ(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def environ(bare_home: Path) -> Path:
     if importlib.util.find_spec("hf_xet") is None:  # importing it here would leave its log file open
         pytest.skip("hf_xet is not installed")
-    for name in list(os.environ):
-        if name.startswith(("HF_", "HUGGING", "TRANSFORMERS_", "XDG_")) or name.lower().endswith("_proxy") or name == "CREDENTIALS_DIRECTORY":
-            monkeypatch.delenv(name)
-    (tmp_path / "home").mkdir()
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    return bare_home
 
 
 @pytest.fixture
