@@ -22,7 +22,8 @@ from tests import matrix, procs
 hypothesis.settings.register_profile("vllmd", deadline=None)
 hypothesis.settings.load_profile("vllmd")
 
-ALONE = ("alone", "system", "engine")
+ALONE = {"alone", "engine"}
+PARTS = ("together", "containers", "alone")
 """Markers of tests that need the machine for themselves."""
 LEFT_DEADLINE_S = 3.0
 """How long things that are just ending may take."""
@@ -99,19 +100,29 @@ def nothing_left(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.fail(f"{request.node.name} leaves behind:\n  " + "\n  ".join(left), pytrace=False)
 
 
+def _part(item: pytest.Item) -> str:
+    marks = {mark.name for mark in item.iter_markers()}
+    return "alone" if marks & ALONE else "containers" if "system" in marks else "together"
+
+
+def _patience_s(item: pytest.Item) -> float:
+    return max((mark.args[0] for mark in item.iter_markers("timeout")), default=0)
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--part", choices=["together", "alone"], help="only the tests that may run side by side, or only the others (tools/test.sh)")
+    parser.addoption("--part", choices=PARTS, help="only the tests of this part (tools/test.sh)")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     part = config.getoption("--part")
     if not part:
         return
-    alone = [item for item in items if any(item.get_closest_marker(name) for name in ALONE)]
-    together = [item for item in items if item not in set(alone)]
-    chosen, others = (alone, together) if part == "alone" else (together, alone)
+    chosen = [item for item in items if _part(item) == part]
+    config.hook.pytest_deselected(items=[item for item in items if _part(item) != part])
+    if part == "containers":  # the longest file first: else one process does it at the end, and the other has nothing to do
+        longest = {item.path: max(_patience_s(other) for other in chosen if other.path == item.path) for item in chosen}
+        chosen.sort(key=lambda item: -longest[item.path])
     items[:] = chosen
-    config.hook.pytest_deselected(items=others)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

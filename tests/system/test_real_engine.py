@@ -13,7 +13,8 @@ from tests.system.container import Container
 from tests.system.host import Host
 from tests.system.tree import cache_directory, debian_tree
 
-pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.system, pytest.mark.engine, pytest.mark.soak, pytest.mark.timeout(600)]
+# `make test` has the same within test_whole_life.py, where the engine is installed by the product itself.
 
 ENGINES = Path(os.environ.get("VLLMD_TEST_ENGINES") or cache_directory() / "engines")
 FINDS_ITSELF = "import importlib.util as u, sys; sys.exit(u.find_spec('vllm') is None)"
