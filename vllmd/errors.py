@@ -13,7 +13,7 @@
     ├── ConfigError         78  bad configuration
     └── PortRefused      2 to 5  preflight's stable contract
 
-Raised anywhere, turned into two lines and an exit status only in cli.py and ctl.py. An exception outside this tree is
+Raised anywhere, turned into two lines and an exit status only in commandline.py. An exception outside this tree is
 a bug of ours: it keeps its traceback and exits 70.
 """
 

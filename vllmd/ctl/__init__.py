@@ -65,7 +65,7 @@ def _parser() -> argparse.ArgumentParser:
     top = Parser(prog="vllmctl", description=_DESCRIPTION, epilog=_GLOBALS)
     top.add_argument("--version", action="version", version=f"vllmctl {__version__}")
     top.add_argument("--user", action="store_true", help="instances of your own user's systemd")
-    top.add_argument("--root", metavar="DIR", help="instances run by hand with `vllmd --root DIR run NAME` (status only)")
+    top.add_argument("--root", metavar="DIR", help="everything below one directory: instances run by hand with `vllmd --root DIR run NAME` (start, restart, stop, logs and events need systemd)")
     verbs = top.add_subparsers(dest="verb", metavar="VERB", required=True, parser_class=Parser)
     _add_status(verbs)
     _add_health(verbs)
