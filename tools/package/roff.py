@@ -10,8 +10,9 @@ _ITEM = re.compile(r"(?P<mark>-|\d+\.) +(?P<text>.*)")
 
 
 def escaped(text: str) -> str:
-    """A line that begins with a dot or a quote would be a request."""
+    """A line that begins with a dot or a quote would be a request. Not everything that shows a page takes it for UTF-8."""
     text = text.replace("\\", "\\e").replace("-", "\\-").replace("'", "\\(aq").replace("`", "\\(ga").replace("^", "\\(ha").replace("~", "\\(ti")
+    text = "".join(each if each.isascii() else f"\\[u{ord(each):04X}]" for each in text)
     return f"\\&{text}" if text.startswith(".") else text
 
 
@@ -32,7 +33,7 @@ def title(name: str, section: int, summary: str, date: str, version: str) -> str
 
 
 def heading(text: str) -> str:
-    return f".SH {escaped(text).upper()}\n"
+    return f".SH {escaped(text.upper())}\n"
 
 
 def term(name: str, text: str) -> str:
@@ -84,7 +85,7 @@ def _block(block: list[str]) -> str:
 
 def _heading(line: str) -> str:
     marks, _, text = line.partition(" ")
-    return "" if marks == "#" else f".SH {escaped(text).upper()}\n" if marks == "##" else f".SS {escaped(text)}\n"
+    return "" if marks == "#" else heading(text) if marks == "##" else f".SS {escaped(text)}\n"
 
 
 def _items(block: list[str]) -> Iterator[str]:

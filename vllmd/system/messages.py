@@ -27,9 +27,9 @@ class Kind:
 MESSAGES: dict[str, Kind] = {
     "starting": Kind(
         "32c61cab6bbf4c6fbfbad5dc5f5e264a",
-        "Instance @VLLMD_INSTANCE@ is starting",
-        "The supervisor has read its configuration and begins with the checks of this machine.\n"
-        "Nothing needs to be done. `systemctl start` returns when the model answers requests.",
+        "Instance @VLLMD_INSTANCE@ starts, and something in its configuration is doubtful",
+        "The configuration is valid; the message says what in it is probably not meant, or cannot be had from this engine.\n"
+        "The start goes on. `vllmd check @VLLMD_INSTANCE@` shows such warnings without a start.",
     ),
     "preflight-passed": Kind(
         "51093f80307b4c3596e1418424eb8a86",
@@ -365,7 +365,7 @@ def message_id(event: str) -> str:
 def catalog() -> str:
     """The journal's message catalog, as units/vllmd.catalog."""
     head = "# Made by `python -m vllmd.system.messages`; change vllmd/system/messages.py instead.\n"
-    entry = "\n-- {id}\nSubject: {subject}\nDefined-By: vllmd\nDocumentation: man:vllmd(8)\n\n{text}\n"
+    entry = "\n-- {id}\nSubject: {subject}\nDefined-By: vllmd\nDocumentation: man:vllmd-journal(7)\n\n{text}\n"
     return head + "".join(entry.format(id=kind.id, subject=kind.subject, text=kind.text) for kind in MESSAGES.values())
 
 
