@@ -46,6 +46,15 @@ def test_the_shipped_files_load_as_they_are(tmp_path: Path) -> None:
         assert ROWS[key].of(loaded.config) == value
 
 
+def test_the_examples_of_the_page_work(tmp_path: Path) -> None:
+    host, instance, drop_in = (re.sub("(?m)^    ", "", block) for block in re.findall(r"(?m)(?:^    .*\n)+", generate.MAN_PAGE_END))
+    (tmp_path / "etc/demo.d").mkdir(parents=True)
+    (tmp_path / "etc/demo.d/60-night.yaml").write_text(drop_in)
+    loaded = load(tmp_path, host, instance)
+    assert loaded.warnings == ()
+    assert (loaded.config.gpus, loaded.config.start.stall_timeout_s, loaded.config.model.r2_bucket) == (2, 1200, "models")
+
+
 def test_every_line_of_the_host_file_is_the_default_when_its_mark_is_removed(tmp_path: Path) -> None:
     active = [line for line in generate.host_example(Tuning).splitlines() if not re.match(r"  [a-z_]+:", line)]
     text = "\n".join(re.sub(r"^#(?=[a-z]|  )", "", line) for line in active)

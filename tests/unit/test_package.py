@@ -172,7 +172,7 @@ def test_every_command_has_a_page_which_names_all_its_flags() -> None:
 
 def test_page_of_the_daemon_has_the_exit_statuses() -> None:
     page = man.page(_command("vllmd"), "2026-01-01")
-    assert ".SH WHEN IT ENDS" in page
+    assert ".SH EXIT STATUS" in page
     assert "TEMPFAIL" in page
 
 
@@ -181,11 +181,46 @@ def test_what_looks_like_a_request_of_roff_is_text() -> None:
     assert roff.markdown("'\\fB x\n") == ".PP\n\\&\\(aq\\efB x\n"
 
 
-def test_pages_are_sound_for_groff() -> None:
+SECTIONS = ["NAME", "SYNOPSIS", "DESCRIPTION", "OPTIONS", "VERBS", "EXIT STATUS", "ENVIRONMENT", "FILES", "SIGNALS", "NOTES", "EXAMPLES", "SEE ALSO"]
+PAGES = dict(man.pages("2026-01-01"))
+COLUMNS = 80
+BEFORE_CODE = 11
+"""Columns of margin that man and the page put before a line of code."""
+
+
+def test_pages_of_commands_have_what_a_man_page_has() -> None:
+    for file in ("vllmd.8", "vllmctl.1"):
+        found = re.findall(r"(?m)^\.SH (.*)$", PAGES[file])
+        assert found == [section for section in SECTIONS if section != "SIGNALS" or file == "vllmd.8"]
+
+
+@pytest.mark.parametrize("file", PAGES)
+def test_page_fits_a_terminal(file: str) -> None:
+    """Text is broken by whatever shows it; code is not."""
+    assert re.match(r"\.\\\" Made by .*\n\.TH \S+ [1-8] ", PAGES[file])
+    for block in re.findall(r"(?s)\n\.nf\n(.*?)\.fi\n", PAGES[file]):
+        for line in block.replace("\\-", "-").splitlines():
+            plain = re.sub(r"\\\(..", "x", line.removeprefix("\\&")).replace("\\e", "x")
+            assert len(plain) <= COLUMNS - BEFORE_CODE, plain
+
+
+@pytest.mark.parametrize("file", PAGES)
+def test_page_is_sound_for_groff(file: str) -> None:
     need(shutil.which("groff") is not None, "groff")
-    for command in commands():
-        done = subprocess.run(["groff", "-man", "-ww", "-Tascii", "-z"], input=man.page(command, "2026-01-01"), capture_output=True, text=True, check=False)
-        assert done.stderr == ""
+    done = subprocess.run(["groff", "-man", "-ww", "-Tutf8", "-P-cbou", "-rLL=78n"], input=PAGES[file], capture_output=True, text=True, check=False)
+    assert done.stderr == ""
+    assert [line for line in done.stdout.splitlines() if len(line) > COLUMNS] == []
+    assert done.stdout.splitlines()[0].split()[0] == f"{file.rpartition('.')[0]}({file[-1]})".upper()
+
+
+def test_pages_name_each_other() -> None:
+    names = {f"{file.rpartition('.')[0]}({file[-1]})" for file in PAGES}
+    ours = {name for name in man.SEE_ALSO if name.startswith("vllm")}
+    assert ours <= names
+    for file, text in PAGES.items():
+        told = set(re.findall(r"\bvllm[a-z.-]*\([1-8]\)", text.replace("\\-", "-")))
+        assert told <= names, file
+        assert ours - {f"{file.rpartition('.')[0]}({file[-1]})"} <= told, file
 
 
 # -- the changelog

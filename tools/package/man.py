@@ -1,9 +1,10 @@
-"""The man pages: of commands from their parsers, of files and statuses from docs/."""
+"""The man pages: of commands from their parsers and docs/, of files and the journal from docs/."""
 
 from __future__ import annotations
 
 import gzip
 import re
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -19,25 +20,35 @@ SUMMARIES = {
     "vllm-resolve-model": (1, "find and verify a model, for vllm-serve"),
     "vllm-serve": (1, "execute vLLM for the model that was resolved"),
 }
-MORE = {"vllmd": (("README.md", "When it ends"), ("docs/vllmd.8.md", ""))}
-"""What no parser knows: sections of documents, or all of one."""
-FILES = {"vllmd.yaml": "configuration of vllmd", "vllmd.presets": "models, and how each kind of GPU serves them"}
-SEE_ALSO = "vllmd(8), vllmctl(1), vllmd.yaml(5), vllmd.presets(5), systemctl(1), journalctl(1)"
+DOCUMENTS = {"vllmd": "docs/vllmd.8.md", "vllmctl": "docs/vllmctl.1.md"}
+"""What no parser knows of a command: its section `Description` stands before the verbs, the others behind them."""
+STATUSES = ("README.md", "## When it ends\n", "## Exit status\n")
+"""vllmd(8) has them too, under the name that a man page gives them."""
+PAGES = {
+    "vllmd.yaml.5": "configuration of vllmd",
+    "vllmd.presets.5": "models, and how each kind of GPU serves them",
+    "vllmd-journal.7": "what vllmd says in the journal",
+}
+"""Of docs/, whole."""
+SEE_ALSO = ("vllmd(8)", "vllmctl(1)", "vllmd.yaml(5)", "vllmd.presets(5)", "vllmd-journal(7)", "systemctl(1)", "journalctl(1)")
 
 
 def write(into: Path, epoch: int) -> None:
-    date = datetime.fromtimestamp(epoch, UTC).date().isoformat()
+    for file, text in pages(datetime.fromtimestamp(epoch, UTC).date().isoformat()):
+        target = into / f"man{file[-1]}" / f"{file}.gz"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+
+
+def pages(date: str) -> Iterator[tuple[str, str]]:
+    """(file, text) of each, as vllmd.8."""
     for command in commands():
-        section, _ = SUMMARIES[command.words[0]]
-        _pack(into / f"man{section}/{command.words[0]}.{section}", page(command, date))
-    for name, summary in FILES.items():
-        text = (CHECKOUT / f"docs/{name}.5.md").read_text()
-        _pack(into / f"man5/{name}.5", roff.title(name, 5, summary, date, __version__) + roff.markdown(text) + _see_also())
-
-
-def _pack(target: Path, text: str) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    target.with_name(target.name + ".gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+        name = command.words[0]
+        yield f"{name}.{SUMMARIES[name][0]}", page(command, date)
+    for file, summary in PAGES.items():
+        name, _, section = file.rpartition(".")
+        head = roff.title(name, int(section), summary, date, __version__)
+        yield file, head + roff.markdown((CHECKOUT / f"docs/{file}.md").read_text()) + _see_also(f"{name}({section})")
 
 
 def page(command: Command, date: str) -> str:
@@ -45,32 +56,46 @@ def page(command: Command, date: str) -> str:
     section, summary = SUMMARIES[name]
     parts = [roff.title(name, section, summary, date, __version__)]
     parts += _described(command) if command.usage else _plain(command)
-    parts += [roff.markdown(_section((CHECKOUT / document).read_text(), title)) for document, title in MORE.get(name, ())]
-    return "".join([*parts, _see_also()])
+    return "".join([*parts, _see_also(f"{name}({section})")])
 
 
-def _section(text: str, title: str) -> str:
-    if not title:
-        return text
-    return next(part for part in re.split(r"(?m)^(?=## )", text) if part.startswith(f"## {title}\n"))
+def _sections(document: str) -> dict[str, str]:
+    """Of a document: heading -> section, the heading included."""
+    found = re.split(r"(?m)^(?=## )", (CHECKOUT / document).read_text())[1:]
+    return {part.partition("\n")[0] + "\n": part for part in found}
 
 
-def _see_also() -> str:
-    return roff.heading("See also") + roff.escaped(SEE_ALSO) + "\n"
+def _more(name: str) -> tuple[str, str]:
+    """What is told of a command before its options, and behind its verbs."""
+    sections = _sections(DOCUMENTS[name])
+    described = sections.pop("## Description\n").partition("\n")[2]
+    if name == "vllmd":
+        document, there, here = STATUSES
+        sections = {here: _sections(document)[there].replace(there, here), **sections}
+    return roff.markdown(described), "".join(roff.markdown(text) for text in sections.values())
+
+
+def _see_also(own: str) -> str:
+    return roff.heading("See also") + roff.escaped(", ".join(name for name in SEE_ALSO if name != own)) + "\n"
 
 
 def _plain(command: Command) -> list[str]:
-    """The help text says it all; its first line is the usage."""
+    """The help text says it all; its first line is the usage. What is laid out in columns stays so."""
     usage, _, text = command.description.partition("\n")
-    return [roff.heading("Synopsis"), roff.inline(usage.removeprefix("usage: ")) + "\n", roff.heading("Description"), roff.code(text.strip("\n").splitlines())]
+    parts = [roff.heading("Synopsis"), roff.inline(usage.removeprefix("usage: ")) + "\n", roff.heading("Description")]
+    for block in text.strip("\n").split("\n\n"):
+        lines = block.splitlines()
+        parts.append(roff.code(lines) if any("  " in line for line in lines) else _paragraph(" ".join(lines)))
+    return parts
 
 
 def _described(command: Command) -> list[str]:
-    parts = [roff.heading("Synopsis"), roff.inline(command.usage) + "\n", roff.heading("Description"), _paragraph(command.description), _paragraph(command.epilog)]
+    before, behind = _more(command.words[0])
+    parts = [roff.heading("Synopsis"), roff.inline(command.usage) + "\n", roff.heading("Description"), _paragraph(command.description), before, _paragraph(command.epilog)]
     parts += [roff.heading("Options"), *(_option(option) for option in command.options)]
     if command.verbs:
         parts += [roff.heading("Verbs"), *(_verb(verb) for top in command.verbs for verb in top.walk())]
-    return parts
+    return [*parts, behind]
 
 
 def _paragraph(text: str) -> str:

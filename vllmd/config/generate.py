@@ -109,8 +109,44 @@ Where two names of one variable are given, both must say the same.
 """
 
 
+MAN_PAGE_END = """
+## Notes
+
+Editors check these files, and complete keys, with the JSON schema `/usr/share/doc/vllmd/vllmd.schema.json`: `# yaml-language-server: $schema=PATH` as the first line.
+
+## Examples
+
+/etc/vllmd/vllmd.yaml, for all instances of the host:
+
+    model: {sources: [local, r2], r2_bucket: models}
+    metrics: {textfile: /run/vllmd/metrics}
+    watch: {observe: [canary]}
+
+/etc/vllmd/chat.yaml, one instance on two GPUs:
+
+    model: Qwen/Qwen3-32B
+    gpus: 2
+    serve:
+      host: 0.0.0.0
+      port: 8000
+      served_model_name: chat
+      tensor_parallel_size: 2
+      max_model_len: 32768
+    engine:
+      version: 0.32.0
+      args:
+        enable-auto-tool-choice: true
+        tool-call-parser: hermes
+      env: {NCCL_DEBUG: WARN}
+
+/etc/vllmd/chat.d/60-night.yaml, a drop-in:
+
+    start: {stall_timeout_s: 1200}
+"""
+
+
 def man_page(tuning: type[Any]) -> str:
-    return MAN_PAGE + man_page_table(tuning) + "\n"
+    return MAN_PAGE + man_page_table(tuning) + "\n" + MAN_PAGE_END
 
 
 HOST_HEAD = """\

@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     shown.add_argument("--json", action="store_true", help="one JSON object")
     clear = verbs.add_parser("clear", help="remove caches; never one that a running instance uses")
     what = clear.add_mutually_exclusive_group(required=True)
-    what.add_argument("name", nargs="?", help="one of them, as `vllmctl cache list` shows it")
+    what.add_argument("name", metavar="NAME", nargs="?", help="one of them, as `vllmctl cache list` shows it")
     what.add_argument("--unused", action="store_true", help="those of engines that are gone or of other hardware, and what was moved aside as broken")
     what.add_argument("--all", action="store_true", help="all that are not in use")
     return top

@@ -32,15 +32,15 @@ def parser() -> argparse.ArgumentParser:
     shown = verbs.add_parser("list", help="the installed engines: which is chosen, which instances run or are pinned to which, what fits this host")
     shown.add_argument("--json", action="store_true", help="one JSON object")
     use = verbs.add_parser("use", help="choose an installed engine; instances take it at their next start")
-    use.add_argument("name", help="directory name, as `vllmctl engine list` shows it")
+    use.add_argument("name", metavar="NAME", help="directory name, as `vllmctl engine list` shows it")
     back = verbs.add_parser("rollback", help="choose the engine that was chosen before")
     for each in (use, back):
         _add_anyway(each)
     gone = verbs.add_parser("remove", help="remove an engine that nobody runs, has chosen or is pinned to")
-    gone.add_argument("name", help="directory name")
+    gone.add_argument("name", metavar="NAME", help="directory name")
     gone.add_argument("--anyway", action="store_true", help="although the configuration of an instance cannot be read, which may be pinned to it")
     check = verbs.add_parser("verify", help="every file of an engine against the sums that were recorded of it", epilog="Exit status: 0 whole, 65 not.")
-    check.add_argument("name", nargs="?", help="directory name; the chosen one without it")
+    check.add_argument("name", metavar="NAME", nargs="?", help="directory name; the chosen one without it")
     check.add_argument("--json", action="store_true", help="one JSON object, with all that differs")
     return top
 

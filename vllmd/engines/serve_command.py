@@ -45,13 +45,18 @@ _FAILED = 1
 
 _HELP = """usage: vllm-serve [--print-cmd] [--dry-run] [-h] [--] [FLAGS OF vllm serve ...]
 
-Executes vLLM for the model that vllm-resolve-model found. Configured by environment variables (VLLM_PORT, ...);
-flags that vllm-serve does not know are passed through.
+Executes vLLM for the model that vllm-resolve-model found. Configured by the
+environment variables of `serve` and `engine` in vllmd.yaml(5); flags that
+vllm-serve does not know are passed through.
 
   --print-cmd   write the command line to stderr, then execute it
   --dry-run     write the command line to stderr, and exit 0
   --version     print the version
   -h, --help    print this
+
+status  that of vLLM, which takes its place
+        1  it could not be executed
+        2  the environment or a flag is wrong
 """
 
 _FROM_ENV_FILE = re.compile(r"HF_HOME|HF_HUB_OFFLINE|VLLM_MODEL(_[A-Z_]+)?|_VLLM_[A-Z_]+")

@@ -30,8 +30,12 @@ from vllmd.system.files import storage_error
 
 USAGE = """usage: vllm-resolve-model [--help] [--version]
 
-Finds the model that the environment names, verifies it, and writes an env file for vllm-serve.
-VLLM_MODEL and VLLM_MODELS_DIR are required, and VLLM_MODEL_ID or VLLM_MODEL_ORG; see vllmd(8).
+Finds the model that the environment names, verifies it, and writes an env file
+for vllm-serve. VLLM_MODEL and VLLM_MODELS_DIR are required, and VLLM_MODEL_ID or
+VLLM_MODEL_ORG; the others are those of `model` in vllmd.yaml(5).
+
+status  0  found and verified
+        1  anything else; standard error says what
 """
 VIA_TODAY = {"bundled": "flox"}
 """In the env file a source keeps the name that readers of today's files know."""

@@ -29,12 +29,16 @@ from vllmd.preflight.run import PreflightRequest, policy_of, run
 
 USAGE = """usage: vllm-preflight [--json] [--help] [--version] [[--] COMMAND...]
 
-Checks that VLLM_HOST:VLLM_PORT is free, ends a vLLM of this user that holds it, and checks the GPUs;
-then executes COMMAND, if there is one. Configured by environment variables; see vllmd(8).
+Checks that VLLM_HOST:VLLM_PORT is free, ends a vLLM of this user that holds
+it, and checks the GPUs; then executes COMMAND, if there is one. Configured by
+environment variables: those of `serve`, `preflight` and `gpus` in vllmd.yaml(5).
 
-status  0 free, or freed     1 bad configuration, or a GPU that cannot be used, or locked
-        2 held by something that is no vLLM     3 held by another user's vLLM
-        4 nobody can tell who holds it          5 still held after what held it was stopped
+status  0  free, or freed
+        1  bad configuration, a GPU that cannot be used, or locked
+        2  held by something that is no vLLM
+        3  held by another user's vLLM
+        4  nobody can tell who holds it
+        5  still held after what held it was stopped
 """
 
 
