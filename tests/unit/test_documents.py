@@ -104,3 +104,10 @@ def test_settings_that_are_named_exist() -> None:
         for key in re.findall(r"`([a-z]+\.[a-z_0-9]+)(?:`|: )", page.read_text()):
             if key.partition(".")[0] in sections and not key.endswith(files):
                 assert key in keys, f"{ident(page)}: {key}"
+
+
+def test_files_of_the_source_that_are_named_exist() -> None:
+    """From the root of the checkout, or of the package, as ARCHITECTURE.md names them."""
+    for page in PAGES:
+        for name in re.findall(r"(?<![\w/.~*-])((?:[a-z_]+/)+[\w.-]+\.(?:py|sh|toml|catalog|schema\.json))\b", page.read_text()):
+            assert any((root / name).exists() for root in (CHECKOUT, CHECKOUT / "vllmd", CHECKOUT / "vllmd/models", page.parent)), f"{ident(page)}: {name}"
