@@ -84,6 +84,7 @@ def test_a_lost_gpu_is_quarantined_for_every_instance_until_a_person_clears_it(g
     [entry] = wait_for(lambda: gpus.entries("gpu-quarantined"), 10, "the journal")
     assert (entry["VLLMD_GPU"], entry["PRIORITY"], entry["_SYSTEMD_UNIT"]) == (uuid(1), "3", UNIT)
     assert f"GPU {uuid(1)} is quarantined" in host.run("journalctl", "-x", f"MESSAGE_ID={entry['MESSAGE_ID']}").out
+    assert "gpu-quarantined" in gpus.host.run("vllmctl", "events", "-n", "all").out
     wait_for(lambda: "1 reboot" in gpus.show("StatusText"), 10, "the status")
 
     name = host.instance("lost", dropin=gpus.environment, gpus=[uuid(1)])

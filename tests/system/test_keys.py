@@ -64,4 +64,5 @@ def test_keys_of_a_unit(host: Host) -> None:
     assert made not in written
     assert new not in written
     assert host.run("vllmctl", "api-key", "rotate", name, "--overlap", "1h").status == 0, "also while it does not run"
+    wait_for(lambda: [line.split()[4] for line in host.run("vllmctl", "events", name, "-n", "all").out.splitlines()].count("keys-changed:") == 2, 10, "root's changes among the unit's events")
     host.run("rm", "-r", f"/var/lib/vllmd/public/{name}")

@@ -212,7 +212,8 @@ def test_lines_that_are_no_entries_are_passed_over() -> None:
 def test_the_journal_is_asked_for_the_supervisors_of_all_instances() -> None:
     argv = events.command("*", scope="system", follow=False, lines=None, since=None)
     assert argv[:2] == ["journalctl", "--unit=vllmd@*.service"]
-    assert {"--identifier=vllmd", "--lines=50", "--output=json"} <= set(argv)
+    assert {"--unit=vllmd-gpu.service", "--identifier=vllmd", "--lines=50", "--output=json"} <= set(argv)
+    assert "--unit=vllmd-gpu.service" not in events.command("demo", scope="system", follow=False, lines=None, since=None)
     assert "--lines=all" in events.command("demo", scope="user", follow=True, lines=None, since="today")
 
 

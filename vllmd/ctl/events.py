@@ -24,6 +24,7 @@ from vllmd.ctl.logs import journalctl
 from vllmd.errors import UsageError, VllmdError
 
 DEFAULT_LINES = "50"
+EVERY = "*"
 LEVELS = ("emergency", "alert", "critical", "error", "warning", "notice", "info", "debug")
 _COLOURS = {0: "31", 1: "31", 2: "31", 3: "31", 4: "33"}
 _LINE_BYTES = 1 << 20
@@ -35,7 +36,7 @@ def events(paths: Paths, arguments: argparse.Namespace) -> int:
     units.need_systemd(paths)
     if arguments.lines not in (None, "all") and not (arguments.lines.isascii() and arguments.lines.isdigit()):
         raise UsageError("lines", f"-n {arguments.lines!r} is no number", "a number, or all")
-    name = units.instance_name(arguments.name) if arguments.name else "*"
+    name = units.instance_name(arguments.name) if arguments.name else EVERY
     argv = command(name, scope=paths.scope, follow=arguments.follow, lines=arguments.lines, since=arguments.since)
     if shutil.which(argv[0]) is None:
         raise units.no_systemd()
@@ -57,7 +58,8 @@ def events(paths: Paths, arguments: argparse.Namespace) -> int:
 
 def command(name: str, *, scope: str, follow: bool, lines: str | None, since: str | None) -> list[str]:
     wanted = lines or ("all" if since else DEFAULT_LINES)
-    return [*journalctl(name, scope=scope, follow=follow, lines=wanted, since=since, only="events", output="json"), "--no-pager"]
+    gpus = [f"--unit={units.GPU_WATCH}"] if name == EVERY and scope != "user" else []
+    return [*journalctl(name, scope=scope, follow=follow, lines=wanted, since=since, only="events", output="json"), *gpus, "--no-pager"]
 
 
 def entries(stream: IO[bytes]) -> Iterator[Mapping[str, Any]]:
@@ -89,7 +91,7 @@ def shown(entry: Mapping[str, Any], *, colour: bool) -> str:
     at = datetime.fromisoformat(said["at"]).astimezone() if said["at"] else None
     hint = said["fields"].get("hint", "")
     text = clean(f"{said['text']}{f' (hint: {hint})' if hint else ''}".replace("\n", " | "))
-    words = f"{said['level']:<7} {clean(said['instance'])} {clean(said['event']) or '-'}: {text}"
+    words = f"{said['level']:<7} {clean(said['instance']) or '-'} {clean(said['event']) or '-'}: {text}"
     paint = _COLOURS.get(said["priority"]) if colour else None
     return (f"{at:%Y-%m-%d %H:%M:%S} " if at else "") + (f"\x1b[{paint}m{words}\x1b[0m" if paint else words)
 

@@ -163,7 +163,9 @@ def _told(paths: Paths, name: str, held: Held, what: str) -> None:
     """On stderr, since stdout is the key; and in the journal, also where nothing runs."""
     who = os.environ.get("SUDO_USER") or f"uid {os.getuid()}"
     if paths.scope != "root" and journal.SOCKET.exists():
-        book = Journal({"VLLMD_INSTANCE": name})
+        # Root's word about another unit: `journalctl -u` and `vllmctl events` show it among the unit's own.
+        of_unit = "OBJECT_SYSTEMD_USER_UNIT" if paths.scope == "user" else "OBJECT_SYSTEMD_UNIT"
+        book = Journal({"VLLMD_INSTANCE": name, of_unit: units.unit(name)})
         book.event("keys-changed", f"{what} (by {who})", priority=5, uid=os.getuid())
         book.close()
     # The running instance's own words: of the service's account, on root's terminal.

@@ -14,6 +14,7 @@ from pathlib import Path
 from vllmd.config.paths import Paths
 from vllmd.errors import PermissionMissing, TryLater, UsageError, VllmdError
 
+GPU_WATCH = "vllmd-gpu.service"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,47}")
 _PROPERTIES = (
     "LoadState,ActiveState,SubState,Result,ExecMainCode,ExecMainStatus,MainPID,NRestarts,StateChangeTimestamp,"
