@@ -1,80 +1,23 @@
-"""The guides, word for word: their own blocks are run, in an empty Debian without a network but for a hub of our own."""
+"""The guides for the first hour and for the tasks of the day, word for word, on Debians on which nothing is installed."""
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
-from tests.engine_wheels import engine_wheels
-from tests.fakes.hub import FakeHub
-from tests.system.container import Container
+from tests.engine_wheels import engine_wheels, wheel
+from tests.system.guides import World, blocks, followed, serving
 from tests.system.host import FAKE_ENGINE, Host
-from tests.system.network import network_of
-from tests.system.tree import SUITES, debian_tree
+from tests.system.tree import SUITES
 from vllmd.models import demo
 
 pytestmark = [pytest.mark.system, pytest.mark.timeout(900)]
 
-GUIDES = Path(__file__).parents[2] / "docs/guides"
-BLOCK = re.compile(r"^```sh( new)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-"""`sh new`: on the other host."""
 COMMANDS_MAX = 5
-CURL = """#!/usr/bin/python3
-import sys, urllib.request as r
-words, headers, body, url = sys.argv[1:], {}, None, ""
-while words:
-    word = words.pop(0)
-    if word == "-H":
-        name, _, value = words.pop(0).partition(": ")
-        headers[name] = value
-    elif word == "-d":
-        body = words.pop(0).encode()
-    elif not word.startswith("-"):
-        url = word
-print(r.urlopen(r.Request(url, body, headers), timeout=60).read().decode())
-"""
-"""The smallest Debian has no curl, and no network to get it from."""
-
-
-def blocks(guide: str, where: str = "") -> list[str]:
-    return [commands for place, commands in BLOCK.findall((GUIDES / guide).read_text(encoding="utf-8")) if place.strip() == where]
-
-
-@dataclass
-class World:
-    """What the guides find on a host: the package in root's directory, pip configured, and a hub."""
-
-    release: str
-    binds: dict[str, Path]
-    package: str
-    model: Path
-    disks: Path
-
-    @contextmanager
-    def host(self, name: str) -> Iterator[Host]:
-        disk = self.disks / name
-        disk.mkdir(parents=True)
-        with Container(debian_tree(self.release), self.binds, disk) as container:
-            host = Host(container)
-            host.shell(f"cp /mnt/packages/{self.package} /root/; cp -r /mnt/wheels /root/wheels")
-            container.write("/etc/pip.conf", "[global]\nno-index = true\nfind-links = /mnt/wheels\n")
-            container.write("/usr/local/bin/curl", CURL)
-            host.shell("chmod 755 /usr/local/bin/curl")
-            yield host
-
-    @contextmanager
-    def hub(self, host: Host) -> Iterator[FakeHub]:
-        with network_of(host.container):
-            hub = FakeHub(dict.fromkeys(("Qwen/Qwen3-0.6B", "Qwen/Qwen3-1.7B"), self.model))
-        with hub:
-            yield hub
 
 
 @pytest.fixture
@@ -83,27 +26,10 @@ def world(request: pytest.FixtureRequest, staged: Path, packages: Path, tmp_path
     wheels.mkdir()
     for version in ("0.32.0", "0.33.0"):
         engine_wheels(wheels, version, FAKE_ENGINE)
+    wheel(wheels, "py_spy", "0.4", {})
     package = sorted(packages.glob("vllmd_*_amd64.deb"))[0].name
     yield World(request.param, {"/mnt/checkout": staged, "/mnt/packages": packages, "/mnt/wheels": wheels}, package, demo.make(tmp_path / "model"), disks)
     shutil.rmtree(disks, ignore_errors=True)
-
-
-def followed(host: Host, commands: list[str], endpoint: str = "") -> str:
-    """What the last block printed. `endpoint` is of the hub, which stands in the host's configuration once there is one."""
-    said = ""
-    for command in commands:
-        done = host.run("bash", "-ec", f"cd /root\n{command}", env={"DEBIAN_FRONTEND": "noninteractive"}, timeout_s=300, check=False)
-        assert done.status == 0, f"{command}{done.out}{done.err}\n{host.log('chat')}"
-        said = done.out
-        if endpoint and "apt-get" in command:
-            host.container.write("/etc/vllmd/vllmd.yaml", json.dumps({"model": {"hf_endpoint": endpoint}}))
-    return said
-
-
-def serving(host: Host, name: str) -> str:
-    text = host.unit(name)["StatusText"]
-    assert text.startswith("Serving "), text
-    return text
 
 
 @pytest.mark.parametrize("world", SUITES, indirect=True)
@@ -133,13 +59,22 @@ def test_the_tasks_of_the_day(world: World) -> None:
         followed(host, [back])
         assert "Qwen3-0.6B" in serving(host, "chat")
         followed(host, blocks("another-host.md"))
-        moved = host.container.path("/root")
-        for name in ("move.tar", "move.tar.models"):
-            host.shell(f"chmod -R a+r /root/{name}")
+        followed(host, blocks("air-gap.md"))
         with world.host("new") as new:
-            for path in moved.glob("move.tar*"):
-                target = new.container.path(f"/root/{path.name}")
-                shutil.copytree(path, target) if path.is_dir() else shutil.copy(path, target)
+            carry(host, new, "move.tar", "move.tar.models")
             followed(new, blocks("another-host.md", "new"))
             assert "Qwen3-0.6B" in serving(new, "chat")
             assert new.run("vllmctl", "api-key", "show", "chat").out == key
+        with world.host("sealed") as sealed:
+            sealed.shell("rm -r /root/wheels /etc/pip.conf; mkdir /root/wheels")
+            carry(host, sealed, "carry/wheels", "carry/qwen3.tar")
+            followed(sealed, blocks("air-gap.md", "new"))
+            assert "Qwen3-0.6B" in serving(sealed, "chat")
+
+
+def carry(here: Host, there: Host, *names: str) -> None:
+    """As a person would, from /root to /root."""
+    here.shell("".join(f"chmod -R a+r /root/{name};" for name in names))
+    for name in names:
+        source, target = here.container.path(f"/root/{name}"), there.container.path(f"/root/{name.rpartition('/')[2]}")
+        shutil.copytree(source, target, dirs_exist_ok=True) if source.is_dir() else shutil.copy(source, target)
