@@ -1,4 +1,4 @@
-"""Debian packages that single tests install into a container: rpm, polkit. Fetched once by debootstrap, and cached."""
+"""Debian packages that single tests install into a container: rpm, polkit, nginx. Fetched once by debootstrap, and cached."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from tests.system.tree import _cached, _run
 EXTRAS = ("libpam-systemd", "polkitd", "rpm")
 
 
-def extra_packages() -> Path:
-    """A directory with the .deb files of EXTRAS and of all they need beyond the container's tree."""
+def extra_packages(names: tuple[str, ...] = EXTRAS) -> Path:
+    """A directory with the .deb files of these and of all they need beyond the container's tree."""
     release = tree.suite()
-    return _cached(f"debs-{release}", repr((release, EXTRAS, tree.PACKAGES, "2")), lambda into: _fetch(into, release))
+    return _cached(f"debs-{release}", repr((release, names, tree.PACKAGES, "2")), lambda into: _fetch(into, release, names))
 
 
-def _fetch(into: Path, release: str) -> None:
+def _fetch(into: Path, release: str, names: tuple[str, ...]) -> None:
     scratch = into / "scratch"
-    wanted = ",".join((*tree.PACKAGES, *EXTRAS))
+    wanted = ",".join((*tree.PACKAGES, *names))
     _run(["debootstrap", "--variant=minbase", "--download-only", f"--include={wanted}", release, str(scratch)])
     have = (tree.debian_tree() / "var/lib/dpkg/status").read_text()
     for deb in (scratch / "var/cache/apt/archives").glob("*.deb"):
