@@ -14,6 +14,7 @@ import pytest
 
 from tests.fakes.nvml import Stub, library, pci, uuid
 from tests.system.container import wait_for
+from tests.system.guides import blocks, followed
 from tests.system.host import Host
 
 pytestmark = pytest.mark.system
@@ -33,7 +34,8 @@ class Gpus:
         shutil.copy(library() / "libnvidia-ml.so.1", folder)
         self.stub = Stub(Path(folder), 2)
         folder.chmod(0o755)
-        self.environment = f"Environment=LD_LIBRARY_PATH={DRIVER} NVML_STUB_STATE={DRIVER}/{self.stub.path.name}"
+        self.driver = {"LD_LIBRARY_PATH": DRIVER, "NVML_STUB_STATE": f"{DRIVER}/{self.stub.path.name}"}
+        self.environment = "Environment=" + " ".join(f"{key}={value}" for key, value in self.driver.items())
         command = f"/usr/local/bin/vllmd gpu-watch --kmsg {LOG} --set gpu_watch.interval_s=0.2"
         text = f"[Unit]\nConditionPathExists=\n[Service]\n{self.environment}\nExecStart=\nExecStart={command}\nWatchdogSec=2\nRestartSec=0.1\n"
         host.container.write(f"/etc/systemd/system/{UNIT}.d/test.conf", text)
@@ -60,7 +62,7 @@ def gpus(host: Host) -> Iterator[Gpus]:
     made = Gpus(host)
     host.run("systemctl", "start", UNIT)
     yield made
-    host.shell(f"systemctl stop {UNIT}; rm -rf /etc/systemd/system/{UNIT}.d {DRIVER} {LOG} /run/vllmd/gpu-kmsg.json /var/lib/vllmd/gpus/*; systemctl daemon-reload; systemctl reset-failed {UNIT} || :")
+    host.shell(f"systemctl stop {UNIT}; rm -rf /etc/systemd/system/{UNIT}.d /usr/local/bin/nvidia-smi {DRIVER} {LOG} /run/vllmd/gpu-kmsg.json /var/lib/vllmd/gpus/*; systemctl daemon-reload; systemctl reset-failed {UNIT} || :")
 
 
 def test_on_a_host_without_a_gpu_it_is_skipped(host: Host) -> None:
@@ -115,3 +117,28 @@ def test_its_sandbox_bears_the_driver_and_stopping_the_target_stops_it(gpus: Gpu
     wait_for(lambda: gpus.show("ActiveState") == "inactive", 20, "its end")
     assert gpus.show("Result") == "success"
     assert gpus.host.container.processes("vllmd") == {}
+
+
+def test_the_guide_for_a_gpu_that_died(gpus: Gpus) -> None:
+    """docs/guides/gpu-died.md: GPU 1 wants a reset while two serve one model."""
+    host, guide = gpus.host, "gpu-died.md"
+    name = host.instance("chat", dropin=gpus.environment, serve={"tensor_parallel_size": 2})
+    reset = f"#!/bin/sh\n[ \"$*\" = '--gpu-reset -i 1' ] && ! systemctl -q is-active {UNIT} && sed -i 's/^gpu 1 field 230 1$/gpu 1 field 230 0/' {gpus.driver['NVML_STUB_STATE']}\n"
+    host.container.write("/usr/local/bin/nvidia-smi", reset, 0o755)
+    host.start(name)
+    assert host.state(name)["gpus"] == [uuid(0), uuid(1)]
+    gpus.stub.gpu(1, field_230=1)
+    gpus.xid(119, 1)
+    assert host.wait_unit(name, 20, ActiveState="failed").status == ("exit-code", 69)
+    [look] = blocks(guide, "look")
+    for command in look.splitlines():
+        said = host.shell(command, check=False).out
+        assert uuid(1)[:12] in said, command
+        assert "reset" in said, command
+    others, repair, back = blocks(guide)
+    followed(host, [others])
+    assert host.state(name)["gpus"] == [uuid(0)]
+    followed(host, [repair], **gpus.driver)  # as everybody finds a driver's library
+    assert host.run("vllmctl", "gpu", env=gpus.driver).status == 0
+    followed(host, [back])
+    assert host.state(name)["gpus"] == [uuid(0), uuid(1)]
