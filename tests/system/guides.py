@@ -48,13 +48,10 @@ class World:
     binds: dict[str, Path]
     package: str
     model: Path
-    disks: Path
 
     @contextmanager
-    def host(self, name: str) -> Iterator[Host]:
-        disk = self.disks / name
-        disk.mkdir(parents=True)
-        with Container(debian_tree(self.release), self.binds, disk) as container:
+    def host(self) -> Iterator[Host]:
+        with Container(debian_tree(self.release), self.binds) as container:
             host = Host(container)
             host.shell(f"cp /mnt/packages/{self.package} /root/; cp -r /mnt/wheels /root/wheels")
             container.write("/etc/pip.conf", "[global]\nno-index = true\nfind-links = /mnt/wheels\n")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,28 +20,27 @@ COMMANDS_MAX = 5
 
 
 @pytest.fixture
-def world(request: pytest.FixtureRequest, staged: Path, packages: Path, tmp_path: Path) -> Iterator[World]:
-    wheels, disks = tmp_path / "wheels", tmp_path / "disks"
+def world(request: pytest.FixtureRequest, staged: Path, packages: Path, tmp_path: Path) -> World:
+    wheels = tmp_path / "wheels"
     wheels.mkdir()
     for version in ("0.32.0", "0.33.0"):
         engine_wheels(wheels, version, FAKE_ENGINE)
     wheel(wheels, "py_spy", "0.4", {})
     package = sorted(packages.glob("vllmd_*_amd64.deb"))[0].name
-    yield World(request.param, {"/mnt/checkout": staged, "/mnt/packages": packages, "/mnt/wheels": wheels}, package, demo.make(tmp_path / "model"), disks)
-    shutil.rmtree(disks, ignore_errors=True)
+    return World(request.param, {"/mnt/checkout": staged, "/mnt/packages": packages, "/mnt/wheels": wheels}, package, demo.make(tmp_path / "model"))
 
 
 @pytest.mark.parametrize("world", SUITES, indirect=True)
 def test_the_first_hour_from_nothing_to_an_answer(world: World) -> None:
     commands = blocks("first-hour.md")
     assert len(commands) <= COMMANDS_MAX
-    with world.host("one") as host, world.hub(host) as hub:
+    with world.host() as host, world.hub(host) as hub:
         assert json.loads(followed(host, commands, hub.url))["choices"][0]["message"]["content"]
 
 
 @pytest.mark.parametrize("world", ["bookworm"], indirect=True)
 def test_the_tasks_of_the_day(world: World) -> None:
-    with world.host("one") as host, world.hub(host) as hub:
+    with world.host() as host, world.hub(host) as hub:
         followed(host, blocks("first-hour.md"), hub.url)
         key = host.run("vllmctl", "api-key", "show", "chat").out
         followed(host, blocks("several-models.md"))
@@ -60,12 +58,12 @@ def test_the_tasks_of_the_day(world: World) -> None:
         assert "Qwen3-0.6B" in serving(host, "chat")
         followed(host, blocks("another-host.md"))
         followed(host, blocks("air-gap.md"))
-        with world.host("new") as new:
+        with world.host() as new:
             carry(host, new, "move.tar", "move.tar.models")
             followed(new, blocks("another-host.md", "new"))
             assert "Qwen3-0.6B" in serving(new, "chat")
             assert new.run("vllmctl", "api-key", "show", "chat").out == key
-        with world.host("sealed") as sealed:
+        with world.host() as sealed:
             sealed.shell("rm -r /root/wheels /etc/pip.conf; mkdir /root/wheels")
             carry(host, sealed, "carry/wheels", "carry/qwen3.tar")
             followed(sealed, blocks("air-gap.md", "new"))
