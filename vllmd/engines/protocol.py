@@ -125,7 +125,8 @@ class Preparing(Protocol):
 
     def prepare(self, context: Context, directory: Path) -> tuple[Path, str]:
         """The directory to serve (the model's own, or one of links to it below paths.cache), and a sentence for the
-        journal ('' where there is nothing to say). Called in a thread right before the launch; OSError."""
+        journal ('' where there is nothing to say). Called in a thread right before the launch. ModelInvalid where it cannot
+        be served; OSError."""
 
 
 @runtime_checkable

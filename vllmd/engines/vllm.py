@@ -29,6 +29,7 @@ from vllmd.engines import (
     vllm_tokenizer,
     vllm_toolkit,
     vllm_tuning,
+    vllm_weights,
 )
 from vllmd.engines.protocol import Context, LogFact, ProofRequest, Reading, SettingRefused
 from vllmd.errors import ConfigError, PermissionMissing
@@ -89,6 +90,7 @@ class Vllm:
         return Command(argv, _environment(context), private, tuple(secrets))
 
     def prepare(self, context: Context, directory: Path) -> tuple[Path, str]:
+        vllm_weights.check(directory, context.installed.executable, context.installed.version)
         said = caches.begin(context)
         served, more = vllm_tokenizer.prepare(directory, context.installed.executable, context.paths.cache)
         return served, "; ".join(filter(None, (said, more)))
