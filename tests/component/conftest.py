@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cgroups import ServiceCgroup
+from tests.component.downloads import Ran
 from tests.component.hostile import Bucket, World, hub_world, s3_world
 from tests.fakes.hub import FakeHub
 from tests.fakes.nvml import Stub
@@ -23,6 +24,12 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Stub:
     for name, value in made.environ().items():
         monkeypatch.setenv(name, value)
     return made
+
+
+@pytest.fixture
+def ran(tmp_path: Path) -> Ran:
+    """Downloads into a stage below the test's directory."""
+    return Ran(tmp_path)
 
 
 @pytest.fixture

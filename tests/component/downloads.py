@@ -24,6 +24,10 @@ def noise(size: int, seed: int = 1) -> bytes:
     return b"".join(chance.randbytes(min(1 << 24, size - at)) for at in range(0, size, 1 << 24))  # randbytes takes no more than 256 MB
 
 
+FILES = {"config.json": b'{"a": 1}', "model.safetensors": noise(3_000_000), "sub/deep/tokenizer.json": noise(70_000, 2), "empty": b""}
+MODEL = "model.safetensors"
+
+
 def sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 

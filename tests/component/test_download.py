@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import threading
 import time
-import zlib
 from dataclasses import replace
 from email.utils import formatdate
-from pathlib import Path
 
 import pytest
 
-from tests.component.downloads import LIMITS, ORIGIN, Plain, Ran, listing, noise, sha256
+from tests.component.downloads import FILES, LIMITS, MODEL, Plain, Ran, listing, noise
 from tests.fakes.files_server import (
     Behaviour,
     Exchange,
@@ -21,25 +18,16 @@ from tests.fakes.files_server import (
     chunked,
     cut_after,
     no_ranges,
-    redirect,
     stall_after,
     status,
 )
-from vllmd.errors import ModelInvalid, ModelNotFound, PermissionMissing, SourceUnavailable
+from vllmd.errors import ModelNotFound, PermissionMissing, SourceUnavailable
 from vllmd.models.download import download
-from vllmd.models.remote import Listing, RemoteFile, Request
+from vllmd.models.remote import RemoteFile, Request
 from vllmd.models.stage import Stage
 from vllmd.models.transfer import work
 
 pytestmark = pytest.mark.component
-
-FILES = {"config.json": b'{"a": 1}', "model.safetensors": noise(3_000_000), "sub/deep/tokenizer.json": noise(70_000, 2), "empty": b""}
-MODEL = "model.safetensors"
-
-
-@pytest.fixture
-def ran(tmp_path: Path) -> Ran:
-    return Ran(tmp_path)
 
 
 def test_all_files_with_both_sums_and_progress(ran: Ran) -> None:
@@ -220,206 +208,6 @@ def test_trickle_counts_as_a_stall(ran: Ran) -> None:
         ran.fetch(listing(files), Plain(server.url), replace(LIMITS, stall_s=0.5))
     ran.check(files)
     assert "bytes in" in ran.log
-
-
-def test_shorter_or_longer_than_listed_is_a_changed_source(ran: Ran) -> None:
-    for size in (len(FILES[MODEL]) - 1, len(FILES[MODEL]) + 1):
-        files = {MODEL: noise(size)}
-        for rule in (None, no_ranges):
-            with FilesServer(files, rule=rule) as server, pytest.raises(SourceUnavailable) as raised:
-                ran.fetch(listing({MODEL: FILES[MODEL]}), Plain(server.url))
-            assert raised.value.code == "source_changed"
-            assert MODEL in raised.value.what
-            assert len(server.seen) == 1
-
-
-def test_longer_without_a_length_is_a_changed_source(ran: Ran) -> None:
-    with FilesServer({MODEL: noise(3_000_001)}, rule=chunked) as server, pytest.raises(SourceUnavailable) as raised:
-        ran.fetch(listing({MODEL: FILES[MODEL]}), Plain(server.url))
-    assert raised.value.code == "source_changed"
-
-
-def test_web_page_with_200_is_named_as_one(ran: Ran) -> None:
-    page = status(200, b"<html>log in</html>", Content_Type="text/html; charset=utf-8")
-    with FilesServer(FILES, rule=page) as server, pytest.raises(SourceUnavailable) as raised:
-        ran.fetch(listing({MODEL: FILES[MODEL]}), Plain(server.url))
-    assert raised.value.code == "captive_portal"
-
-
-def test_encoded_body_is_refused(ran: Ran) -> None:
-    rule = status(200, bytes(len(FILES[MODEL])), Content_Encoding="gzip")
-    with FilesServer(FILES, rule=rule) as server, pytest.raises(SourceUnavailable, match="gzip"):
-        ran.fetch(listing({MODEL: FILES[MODEL]}), Plain(server.url))
-    assert {seen.headers["Accept-Encoding"] for seen in server.seen} == {"identity"}
-
-
-def test_part_that_is_another_part_is_refused(ran: Ran) -> None:
-    rule = status(206, b"x" * 100, Content_Range=f"bytes 5-104/{len(FILES[MODEL])}")
-    with FilesServer(FILES, rule=rule) as server, pytest.raises(SourceUnavailable, match="other bytes"):
-        ran.fetch(listing({MODEL: FILES[MODEL]}), Plain(server.url))
-    assert not (ran.files / MODEL).exists()
-
-
-@pytest.mark.parametrize("kind", ["If-Match", "ETag"])
-def test_object_replaced_meanwhile(ran: Ran, kind: str) -> None:
-    listed = Listing((RemoteFile(MODEL, 3_000_000, pin='"0123456789abcdef0123456789abcdef-2"'),), ORIGIN)
-    headers = {"If-Match": '"0123456789abcdef0123456789abcdef-2"'} if kind == "If-Match" else {}
-    tags = {MODEL: "fedcba9876543210fedcba9876543210-2"}
-    with FilesServer({MODEL: FILES[MODEL]}, tags=tags) as server, pytest.raises(SourceUnavailable) as raised:
-        ran.fetch(listed, Plain(server.url, headers))
-    assert raised.value.code == "source_changed"
-
-
-def test_etag_of_another_kind_than_the_pin_says_nothing(ran: Ran) -> None:
-    files = {MODEL: FILES[MODEL]}
-    listed = Listing((RemoteFile(MODEL, 3_000_000, pin="0123456789abcdef0123456789abcdef"),), ORIGIN)
-    with FilesServer(files, tags={MODEL: "65f0-2dc6c0"}) as server:
-        ran.fetch(listed, Plain(server.url))
-    ran.check(files)
-
-
-def test_wrong_bytes_once_are_healed(ran: Ran) -> None:
-    files = {MODEL: FILES[MODEL]}
-
-    def wrong(exchange: Exchange) -> bool:
-        begin, end = exchange.asked or (0, 0)
-        exchange.reply(206, bytes(end - begin), {"Content-Range": f"bytes {begin}-{end - 1}/{len(FILES[MODEL])}"})
-        return True
-
-    with FilesServer(files, script=[wrong]) as server:
-        ran.fetch(listing(files), Plain(server.url))
-    ran.check(files)
-    assert "fetched anew" in ran.log
-    assert ran.progress[-1].done_bytes == len(FILES[MODEL])
-
-
-@pytest.mark.parametrize("algorithm", ["sha256", "md5", "git-sha1", "crc32"])
-def test_bytes_that_stay_wrong_end_with_both_sums(ran: Ran, algorithm: str) -> None:
-    listed = "0" * {"sha256": 64, "md5": 32, "git-sha1": 40, "crc32": 8}[algorithm]
-    remote = Listing((RemoteFile(MODEL, 3_000_000, "p", {algorithm: listed}),), ORIGIN)
-    with FilesServer(FILES) as server, pytest.raises(ModelInvalid) as raised:
-        ran.fetch(remote, Plain(server.url))
-    assert raised.value.code == "model_corrupt"
-    for part in (MODEL, ORIGIN, listed, algorithm):
-        assert part in raised.value.what
-    assert server.served[MODEL] == 2 * len(FILES[MODEL])
-    assert not (ran.files / MODEL).exists()
-
-
-def test_listed_sums_of_all_kinds_are_accepted(ran: Ran) -> None:
-    data = FILES[MODEL]
-    sums = {
-        "md5": hashlib.md5(data).hexdigest(),
-        "git-sha1": hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest(),
-        "crc32": f"{zlib.crc32(data):08x}",
-        "crc32c": "not hex",
-        "sha3": "unknown",
-    }
-    with FilesServer(FILES) as server:
-        ran.fetch(Listing((RemoteFile(MODEL, len(data), "p", sums),), ORIGIN), Plain(server.url))
-    assert ran.digests[MODEL].sha256 == sha256(data)
-
-
-def test_redirect_loop_is_an_error(ran: Ran) -> None:
-    with FilesServer(FILES) as server:
-        server.rule = redirect(f"{server.url}/{MODEL}")
-        with pytest.raises(SourceUnavailable) as raised:
-            ran.fetch(listing({MODEL: FILES[MODEL]}), Plain(server.url))
-    assert raised.value.code == "redirect_loop"
-
-
-def test_too_many_redirects_are_an_error(ran: Ran) -> None:
-    count = [0]
-
-    def on(exchange: Exchange) -> bool:
-        count[0] += 1
-        exchange.reply(302, b"", {"Location": f"/hop{count[0]}"})
-        return True
-
-    with FilesServer(FILES, rule=on) as server, pytest.raises(SourceUnavailable) as raised:
-        ran.fetch(listing({MODEL: FILES[MODEL]}), Plain(server.url))
-    assert raised.value.code == "redirect_loop"
-    assert count[0] == 6
-
-
-def test_redirect_to_another_host_gets_no_secret_and_is_remembered(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "MIN_PART_BYTES", 1 << 20)
-    files = {MODEL: FILES[MODEL]}
-    secrets = {"Authorization": "Bearer hf_secret", "X-Amz-Security-Token": "secret", "Cookie": "a=secret", "If-Match": '"x"'}
-    with FilesServer(files) as other, FilesServer(files) as server:
-        server.rule = redirect(f"{other.url}/{MODEL}?signature=secret")
-        ran.fetch(listing(files), Plain(server.url, secrets), replace(LIMITS, connections=1))
-    ran.check(files)
-    assert all(seen.headers["Authorization"] == "Bearer hf_secret" for seen in server.seen)
-    assert other.seen
-    for seen in other.seen:
-        assert {name.lower() for name in seen.headers} == {"host", "accept-encoding", "range"}
-    assert len(server.seen) == 1
-    assert len(other.seen) > 1
-    assert "secret" not in ran.log
-
-
-def test_redirected_place_that_expired_is_asked_of_the_source_again(ran: Ran, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(work, "MIN_PART_BYTES", 1 << 20)
-    files = {MODEL: FILES[MODEL]}
-    with FilesServer(files, script=[None, status(403)]) as other, FilesServer(files) as server:
-        server.script = [redirect(f"{other.url}/{MODEL}?signature=x")]
-        ran.fetch(listing(files), Plain(server.url), replace(LIMITS, connections=1))
-    ran.check(files)
-    assert len(other.seen) == 2  # refused once, it is not asked any more
-    assert len(server.seen) == 3
-
-
-def test_refusal_of_a_place_just_redirected_to_is_asked_again(ran: Ran) -> None:
-    files = {MODEL: FILES[MODEL]}
-    with FilesServer(files, script=[status(403)]) as other, FilesServer(files) as server:
-        server.rule = redirect(f"{other.url}/{MODEL}?signature=x")
-        ran.fetch(listing(files), Plain(server.url), replace(LIMITS, connections=1))
-    ran.check(files)
-    with FilesServer(files, script=[status(403)] * 50) as other, FilesServer(files) as server:
-        server.rule = redirect(f"{other.url}/{MODEL}?signature=x")
-        with pytest.raises(SourceUnavailable) as raised:
-            ran.fetch(listing({"other": files[MODEL]}), Plain(server.url), replace(LIMITS, connections=1))
-    assert "403" in raised.value.what
-
-
-def test_redirect_on_the_same_host_keeps_the_headers(ran: Ran) -> None:
-    files = {MODEL: FILES[MODEL]}
-    with FilesServer(files, script=[redirect(f"/{MODEL}?again")]) as server:
-        ran.fetch(listing(files), Plain(server.url, {"Authorization": "Bearer t"}))
-    ran.check(files)
-    assert [seen.headers.get("Authorization") for seen in server.seen] == ["Bearer t"] * 2
-
-
-@pytest.mark.parametrize("where", ["http://127.0.0.1:1", "http://no-such-host.invalid"])
-def test_host_that_cannot_be_reached_is_named(ran: Ran, where: str) -> None:
-    with pytest.raises(SourceUnavailable) as raised:
-        ran.fetch(listing(FILES), Plain(where))
-    assert where.removeprefix("http://") in raised.value.what
-
-
-def test_what_does_not_speak_http_is_said(ran: Ran) -> None:
-    def garble(exchange: Exchange) -> bool:
-        exchange.wfile.write(b"SSH-2.0-OpenSSH_9.2\r\n\r\n")
-        exchange.drop()
-        return True
-
-    with FilesServer(FILES, rule=garble) as server, pytest.raises(SourceUnavailable, match="HTTP"):
-        ran.fetch(listing({MODEL: FILES[MODEL]}), Plain(server.url))
-
-
-def test_endless_head_is_cut_off(ran: Ran) -> None:
-    def endless(exchange: Exchange) -> bool:
-        exchange.wfile.write(b"HTTP/1.1 200 OK\r\n")
-        try:
-            while not exchange.owner.closing.is_set():
-                exchange.wfile.write(b"X-Filler: " + b"x" * 60000 + b"\r\n")
-        except OSError:
-            exchange.close_connection = True
-        return True
-
-    with FilesServer(FILES, rule=endless) as server, pytest.raises(SourceUnavailable, match="HTTP"):
-        ran.fetch(listing({MODEL: FILES[MODEL]}), Plain(server.url))
 
 
 def test_one_file_that_fails_ends_all_at_once(ran: Ran) -> None:

@@ -29,11 +29,6 @@ FILES = {"config.json": b"{}", "a.safetensors": noise(24_000_000, 1), "b.safeten
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture
-def ran(tmp_path: Path) -> Ran:
-    return Ran(tmp_path)
-
-
 def child(store: Path, url: str, listed: Listing, connections: int = 4) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "tests.component.download_child", str(store), url, str(connections)]
     started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)

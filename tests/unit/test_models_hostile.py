@@ -13,16 +13,11 @@ import pytest
 
 from tests import tiny_models
 from vllmd.errors import ModelInvalid
-from vllmd.models import demo, inventory
+from vllmd.models import inventory
 from vllmd.models.validate import Checks, validate
 
 pytestmark = pytest.mark.unit
 SHARD1, SHARD2 = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return demo.make(tmp_path / "model")
 
 
 @contextmanager
