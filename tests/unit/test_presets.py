@@ -96,13 +96,25 @@ def test_the_shipped_template_tells_tools_and_calls_as_json() -> None:
     assert plain.endswith("<|eot_id|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>")
 
 
+@pytest.mark.parametrize(("there", "reason"), [(0, "there is none"), (1, "there is 1"), (2, "there are 2 alike")])
+def test_a_preset_of_more_gpus_than_there_are_says_how_many_it_wants(there: int, reason: str) -> None:
+    four = Variant("a/b", 1, sizes=(4, 8))
+    preset = Preset("big", "Big", "", 1, {tiers.CPU: four, tiers.OLDER: four})
+    found = choice.judge(preset, tiers.groups(cards(*[("A100", "8.0", 81920)] * there), 65536))
+    assert isinstance(found, Misfit)
+    assert found.why == f"it needs 4 or 8 GPUs, and {reason}"
+
+
 # -- files that are not right
 
 
 @pytest.mark.parametrize(
     ("text", "place", "reason"),
     [
+        ("", 1, "names no tier"),
+        ("title: x\n", 1, "names no tier"),
         ("tiers: {}\n", 1, "names no tier"),
+        ("tiers:\n  cpu:\n", 2, "tiers.cpu.model: is missing"),
         ("tiers:\n  gpu: {}\n", 2, "tiers.gpu: unknown key"),
         (WHOLE.replace("min_gib", "min_gb"), 4, "unknown key"),
         (WHOLE.replace("a/b", "b"), 3, "must be ORG/NAME, not 'b'"),
@@ -113,6 +125,9 @@ def test_the_shipped_template_tells_tools_and_calls_as_json() -> None:
         (WHOLE + "    gpus: 2\n", 5, "must be a list of numbers of GPUs"),
         (WHOLE + "    chat_template: ../../etc/passwd\n", 5, "must be the name of a file *.jinja"),
         (WHOLE + "    min_capability: new\n", 5, "must be a compute capability"),
+        (WHOLE + "    env: {A: [1]}\n", 5, "tiers.cpu.env.A: must be text"),
+        (WHOLE + "    env: {A: true}\n", 5, "tiers.cpu.env.A: must be text, and YAML reads it as True: write it in quotes"),
+        (WHOLE + "    env: {A: }\n", 5, "tiers.cpu.env.A: is missing"),
         (WHOLE + "    args: [a]\n", 5, "must be a mapping, not a list"),
         (WHOLE + "    draft: {model: a/b, method: mtp, tokens: many}\n", 5, "tiers.cpu.draft.tokens: must be a whole number"),
         (WHOLE + "  amd: hopper\n", 5, "is the same as 'hopper', which is not described here"),

@@ -144,9 +144,11 @@ def _why_not(preset: Preset, groups: Sequence[Group], wanted: int | None) -> str
 
 
 def _wrong_count(group: Group, variant: Variant, wanted: int | None) -> str:
+    if wanted is None:
+        return f"it needs {_listed(variant.sizes)} GPUs, and there {'is none' if group.kind == 'cpu' else 'is 1' if group.largest == 1 else f'are {group.largest} alike'}"
     if group.kind == "cpu":
         return f"{wanted} GPU{'' if wanted == 1 else 's'} {'is' if wanted == 1 else 'are'} wanted, and there is none"
-    if wanted is not None and wanted > group.largest:
+    if wanted > group.largest:
         alone = "; a model is on one MIG device at most" if group.kind == "mig" else ""
         return f"{wanted} GPUs are wanted, and there {'is 1' if group.count == 1 else f'are {group.count} alike'}{alone}"
     return f"it can be divided among {_listed(variant.sizes)} GPUs, not among {wanted}"

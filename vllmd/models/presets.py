@@ -109,7 +109,6 @@ def _same(reader: _Reader, tier: str, other: str, whole: Mapping[str, Variant]) 
 def _variant(reader: _Reader, at: tuple[str, ...]) -> Variant:
     reader.mapping(at)
     reader.known(at, VARIANT_KEYS)
-    env = reader.mapping((*at, "env"))
     return Variant(
         model=reader.checked((*at, "model"), _hub_id, required=True),
         min_gib=reader.number((*at, "min_gib"), low=1),
@@ -119,7 +118,7 @@ def _variant(reader: _Reader, at: tuple[str, ...]) -> Variant:
         min_capability=reader.checked((*at, "min_capability"), _capability) or (0, 0),
         serve=reader.mapping((*at, "serve")),
         args=reader.mapping((*at, "args")),
-        env={key: str(value) for key, value in env.items()},
+        env={key: reader.checked((*at, "env", key), _variable, required=True) for key in reader.mapping((*at, "env"))},
         templates=tuple(reader.checked((*at, "chat_template"), _names) or ()),
         draft=_draft(reader, (*at, "draft")),
     )
@@ -153,6 +152,12 @@ def _hub_id(value: object) -> str:
     if not isinstance(value, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*", value, re.ASCII):
         raise ValueError(f"must be ORG/NAME, not {shown(value)}")
     return value
+
+
+def _variable(value: object) -> str:
+    if not isinstance(value, str | int | float) or isinstance(value, bool):
+        raise ValueError(f"must be text, and YAML reads it as {shown(value)}: write it in quotes")
+    return str(value)
 
 
 def _capability(value: object) -> tuple[int, int]:
@@ -194,7 +199,7 @@ class _Reader:
     def known(self, at: tuple[str, ...], keys: tuple[str, ...]) -> None:
         import difflib  # needed for errors only
 
-        for key in self.at(at):
+        for key in self.mapping(at):
             if key not in keys:
                 near = difflib.get_close_matches(key, keys, n=1)
                 raise self.bad((*at, key), "unknown key", f"did you mean {near[0]}?" if near else f"known are {', '.join(keys)}")
