@@ -13,7 +13,7 @@ from tests import synthetic_models, tiny_models
 from tests.fakes.hub import Asked, FakeHub, Reply
 from tests.tiny_models import tree
 from vllmd import ctl
-from vllmd.errors import ModelInvalid, ModelNotFound, PermissionMissing, SourceUnavailable, UsageError
+from vllmd.errors import ModelInvalid, ModelNotFound, PermissionMissing, SourceUnavailable, UsageError, VllmdError
 from vllmd.gpu import client
 from vllmd.models import headers
 from vllmd.models.transfer import pieces
@@ -240,6 +240,23 @@ def test_what_is_no_model_is_said_to_be_none(plan: Plan, hub: FakeHub, model: Pa
         hub.push(NAME, model)
         with pytest.raises(ModelInvalid, match=reason):
             plan(place, "--cpu")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["--gpu-memory nan", "--gpu-memory inf", "--gpu-memory -5", "--gpu-memory 0", "--gpu-memory 1e300", "--gpu-memory x", "--gpus 0", "--gpus 1e3", "--pipeline 100000000000",
+     "--max-model-len 32k", "--gpu-memory-utilization nan", "--max-model-len 99999999999999999999"],
+)  # fmt: skip
+def test_numbers_that_are_none_are_refused_in_two_lines(words: str, plan: Plan, model: Path) -> None:
+    flag, value = words.split()
+    with pytest.raises(UsageError, match=f"argument {flag}: '{value}' is no number"):
+        plan(str(model), f"{flag}={value}")
+
+
+@pytest.mark.parametrize(("name", "error"), [("a" * 5000, VllmdError), ("~nobody-is-called-so/x", UsageError)])
+def test_names_that_no_file_can_have_are_an_error_and_no_traceback(name: str, error: type[VllmdError], plan: Plan) -> None:
+    with pytest.raises(error):
+        plan(name, "--source", "local")
 
 
 def test_weights_that_lie_there_twice_count_once(model: Path) -> None:

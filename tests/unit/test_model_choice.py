@@ -83,6 +83,7 @@ def test_flags_become_settings(words: str, settings: dict[str, Any]) -> None:
     [
         ("--port 9000", "is set by serve.port"), ("-tp 2", "follows from the GPUs"), ("--tensor_parallel_size=2", "follows from the GPUs"), ("--model a/b", "is set by model"),
         ("word", "is no flag"), ("-x", "is no flag of vLLM"), ("--no-enforce-eager 1", "takes no value"), ("--x {bad", "is not JSON"), ("--api-key secret", "is set by serve.api_key"),
+        ("--x " + "[" * 100_000, "is not JSON"),
     ],
 )  # fmt: skip
 def test_flags_that_belong_elsewhere_are_refused(words: str, what: str) -> None:
@@ -163,6 +164,46 @@ def test_it_has_the_mode_of_the_instance_s_file(paths: Paths) -> None:
     assert (mine.stat().st_mode & 0o777, mine.parent.stat().st_mode & 0o777) == (0o640, paths.config.stat().st_mode & 0o777)
 
 
+@pytest.mark.parametrize("verb", ["set", "show", "clear"])
+def test_no_verb_waits_for_what_is_no_file(verb: str, paths: Paths) -> None:
+    run(paths, "set", "demo", "qwen3-8b")
+    model_file.path(paths, "demo").unlink()
+    os.mkfifo(model_file.path(paths, "demo"))
+    with pytest.raises(VllmdError, match="not a regular file"):
+        run(paths, verb, "demo", *(["qwen3-8b"] if verb == "set" else []))
+
+
+def test_new_instances_that_are_made_at_once_have_ports_of_their_own(paths: Paths) -> None:
+    """What was free when it was looked at is looked at again where nobody else writes."""
+    names = [f"{letter * 4}" for letter in "aimqz"]
+    children = []
+    for name in names:
+        pid = os.fork()
+        if not pid:
+            os._exit(run(paths, "set", name, "qwen3-8b"))
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * len(names)
+    assert sorted(yaml.safe_load((paths.config / f"{name}.yaml").read_text())["serve"]["port"] for name in names) == list(range(8000, 8000 + len(names)))
+
+
+def test_a_lock_that_somebody_holds_for_ever_holds_up_nobody(paths: Paths, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_file, "_PATIENCE_S", 0.1)
+    with model_file.alone(paths):
+        assert run(paths, "set", "demo", "qwen3-8b") == 0
+
+
+@pytest.mark.parametrize("words", [("--hf-token", "hf_abcdefghijklmnopqrst"), ("--some-api-key=hf_abcdefghijklmnopqrst",), ("--max-num-seqs", "3", "--hf-overrides", '{"token": "hf_abcdefghijklmnopqrst"}')])
+def test_a_secret_in_a_flag_is_told_and_shown_nowhere(words: tuple[str, ...], paths: Paths, capsys: pytest.CaptureFixture[str]) -> None:
+    run(paths, "set", "demo", "qwen3-8b", "--", *words)
+    run(paths, "set", "demo", "qwen3-8b", "--json", "--", *words)
+    run(paths, "show", "demo")
+    run(paths, "show", "demo", "--json")
+    said = capsys.readouterr().out
+    flag = words[-2 if len(words) > 1 else 0].partition("=")[0]
+    assert f"{flag} is a secret, and stands in that file" in said
+    assert "hf_abcdefghijklmnopqrst" not in said
+
+
 # -- what would be in force
 
 
@@ -222,7 +263,7 @@ def test_gpus_that_the_instance_s_file_divides_are_left_as_they_are(paths: Paths
 
 @pytest.mark.parametrize(
     ("choice", "status", "words"),
-    [("qwen3-8", 64, "did you mean qwen3-8b?"), ("nonsense", 64, "lists them"), ("a/b/c", 64, "there is no preset"), ("gemma4-26b-a4b", 78, "No configuration for gemma4-26b-a4b on nvidia-older hardware")],
+    [("qwen3-8", 64, "did you mean qwen3-8b?"), ("nonsense", 64, "lists them"), ("a/b/c", 64, "there is no preset"), ("~nobody-is-called-so/x", 64, "there is no such user"), ("gemma4-26b-a4b", 78, "No configuration for gemma4-26b-a4b on nvidia-older hardware")],
 )
 def test_what_is_neither_is_refused(choice: str, status: int, words: str, paths: Paths) -> None:
     with pytest.raises(VllmdError) as refused:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from vllmd.config.paths import Paths
@@ -63,7 +62,9 @@ def select(paths: Paths, name: str, asked: Asked, before: Chosen, wish: Wish) ->
     settings = merged(made.settings, flags)
     context = settings.get("serve", {}).get("max_model_len")
     unseen = equipment.notes if not equipment.cards else ()
-    return Selection(made.chosen, settings, made.model, made.group, made.count, context if isinstance(context, int) else None, (*made.told, *_busy(made), *unseen))
+    secret = model_flags.secret(asked.flags)
+    open_to_all = (f"{secret} is a secret, and stands in that file and on the engine's command line, where every user of this host may read it; a token for the hub: /etc/credstore/vllmd.hf-token",) if secret else ()
+    return Selection(made.chosen, settings, made.model, made.group, made.count, context if isinstance(context, int) else None, (*made.told, *_busy(made), *unseen, *open_to_all))
 
 
 def _completed(paths: Paths, name: str, asked: Asked, before: Chosen) -> Asked:
@@ -113,7 +114,7 @@ def _instead(paths: Paths, equipment: Equipment, wish: Wish, asked: Asked) -> st
 def _named(choice: str, known: Presets, paths: Paths) -> dict[str, str]:
     """The drop-in's `model:`. UsageError where it can be neither a preset nor a model."""
     if choice.startswith(("/", "./", "../", "~")):
-        return {"path": str(Path(choice).expanduser().absolute())}
+        return {"path": model_places.absolute(choice)}
     model, _, revision = choice.partition("@")
     if model.count("/") == 1:
         return {"id": model} | ({"revision": revision} if revision else {})

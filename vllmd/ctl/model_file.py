@@ -6,11 +6,13 @@ it is replaced, and that is said.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -23,11 +25,12 @@ from vllmd.config.layers import HOST_FILE
 from vllmd.config.paths import Paths
 from vllmd.config.yamlfile import Fraction
 from vllmd.errors import PermissionMissing, VllmdError
-from vllmd.system.files import directory_like, storage_error, write_atomic
+from vllmd.system.files import directory_like, read_small, storage_error, write_atomic
 
 DROP_IN = "50-model.yaml"
 _MARK = "# vllmctl-model: "
 _LIMIT_BYTES = 1 << 20
+_PATIENCE_S, _LOOK_S = 10.0, 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +55,7 @@ def path(paths: Paths, name: str) -> Path:
 def read(paths: Paths, name: str) -> Chosen:
     """PermissionMissing, or another VllmdError, where it is there and cannot be read."""
     try:
-        with path(paths, name).open("rb") as file:
-            text = file.read(_LIMIT_BYTES).decode(errors="replace")
+        text = read_small(Path(os.path.realpath(path(paths, name))), _LIMIT_BYTES).decode(errors="replace")  # a link is an administrator's right here
     except FileNotFoundError:
         return Chosen()
     except PermissionError as error:
@@ -136,6 +138,32 @@ def overlay(paths: Paths, name: str, text: str, instance_text: str = "") -> Iter
             error.what, error.hint = (each.replace(scratch, str(paths.config)) for each in (error.what, error.hint))
             error.args = (error.what,)
             raise
+
+
+@contextmanager
+def alone(paths: Paths) -> Iterator[None]:
+    """One change of these files at a time: two new instances at once would get the same free port. Whoever may read the directory can
+    hold its lock, so nobody waits for it for long."""
+    place = next(each for each in (paths.config, *paths.config.parents) if each.is_dir())
+    try:
+        directory = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        yield  # what is written will say why not
+        return
+    try:
+        until = time.monotonic() + _PATIENCE_S
+        while not _locked(directory) and time.monotonic() < until:
+            time.sleep(_LOOK_S)
+        yield
+    finally:
+        os.close(directory)
+
+
+def _locked(directory: int) -> bool:
+    with suppress(OSError):
+        fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    return False
 
 
 def write(paths: Paths, name: str, text: str, instance_text: str = "") -> list[str]:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from vllmd.config.redact import redact_argv
 from vllmd.engines import vllm_flags
 from vllmd.errors import UsageError
 
@@ -27,6 +28,16 @@ def settings(words: Sequence[str]) -> dict[str, Any]:
         else:
             args[name.removeprefix("--")] = value
     return ({"serve": serve} if serve else {}) | ({"engine": {"args": args}} if args else {})
+
+
+def secret(words: Sequence[str]) -> str:
+    """The first flag that has a secret; '' for none."""
+    flag = ""
+    for given, shown in zip(words, redact_argv(words), strict=True):
+        flag = given.partition("=")[0] if given.startswith("-") else flag
+        if given != shown:
+            return flag
+    return ""
 
 
 def _flags(words: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -79,6 +90,6 @@ def _read(text: str) -> Any:
     if text[:1] in ("{", "["):
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError("usage", f"{text!r:.80} is not JSON: {error}", "quote it for the shell: '{\"key\": 1}'") from None
     return text

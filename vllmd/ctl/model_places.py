@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from pathlib import Path
 
@@ -9,11 +10,23 @@ from vllmd.config.paths import Paths
 from vllmd.config.settings import Config, Model
 from vllmd.core.preset_choice import Found, Variant
 from vllmd.engines import choice
+from vllmd.errors import UsageError
 from vllmd.models import presets
 from vllmd.models.identity import label, request_from
 
 IMAGE = Path("/vllm-workspace/examples")
 """vLLM's own container image."""
+
+
+def absolute(given: str) -> str:
+    """A directory as a command line names it. UsageError."""
+    expanded = os.path.expanduser(given)  # noqa: PTH111 - pathlib's raises RuntimeError for a user whom nobody knows
+    if expanded.startswith("~"):
+        raise UsageError("directory_unknown", f"{given!r:.80}: there is no such user, or it has no home", "give the directory from / on")
+    try:
+        return os.path.abspath(expanded)  # noqa: PTH100 - a link stays the link that was named
+    except FileNotFoundError:
+        raise UsageError("directory_unknown", f"{given!r:.80}: the directory in which this was typed is gone", "give the directory from / on") from None
 
 
 def found(paths: Paths, config: Config, variant: Variant) -> tuple[Found, list[str]]:

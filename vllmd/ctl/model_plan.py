@@ -12,7 +12,6 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vllmd.commandline import Parser
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 DOES_NOT_FIT = 3
 DRIVER_TIMEOUT_S = 45.0
 _GIB = 1 << 30
+_MOST_GPUS, _MOST_GIB = 4096, 1 << 20
 _DESCRIPTION = (
     "How much memory a model needs here, before it is downloaded: weights, KV cache, and what comes on top, on each GPU; and what to change if it does "
     "not fit. Only the headers of its files are read."
@@ -60,13 +60,13 @@ def main(argv: Sequence[str], paths: Paths) -> int:
 def _parser() -> argparse.ArgumentParser:
     top = Parser(prog="vllmctl model plan", description=_DESCRIPTION, epilog=_STATUSES)
     top.add_argument("model", metavar="MODEL", help="ORG/NAME[@REVISION], a name in the store, or a directory")
-    top.add_argument("--gpus", metavar="N", type=_count, help="share it out among N GPUs (default: 1)")
-    top.add_argument("--pipeline", metavar="N", type=_count, default=1, help="in N stages, each of which has its part of the GPUs")
+    top.add_argument("--gpus", metavar="N", type=_gpus, help="share it out among N GPUs (default: 1)")
+    top.add_argument("--pipeline", metavar="N", type=_gpus, default=1, help="in N stages, each of which has its part of the GPUs")
     top.add_argument("--max-model-len", metavar="N", type=_count, help="the longest request, prompt and answer (default: what the model can)")
     top.add_argument("--kv-cache-dtype", metavar="TYPE", default="", help="of the KV cache: auto, fp8, ...")
     top.add_argument("--dtype", metavar="TYPE", default="", help="of weights that are not quantised: auto, bfloat16, float32, ...")
     top.add_argument("--gpu-memory-utilization", metavar="SHARE", type=_share, default=0.92, help="of each GPU's memory (default: 0.92, vLLM's own)")
-    top.add_argument("--gpu-memory", metavar="GIB", type=float, help="plan for GPUs of this size, whatever this host has")
+    top.add_argument("--gpu-memory", metavar="GIB", type=_gib, help="plan for GPUs of this size, whatever this host has")
     top.add_argument("--cpu", action="store_true", help="plan for this host's processors")
     top.add_argument("--source", metavar="NAME", action="append", help="ask only this source (local, hf-cache, r2, hf-hub, ...); may be repeated")
     top.add_argument("--dir", metavar="DIR", help="the store (default: model.dir of vllmd.yaml, else vllmd's own)")
@@ -74,17 +74,32 @@ def _parser() -> argparse.ArgumentParser:
     return top
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return value
+def _count(text: str, most: int = 1 << 40) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 18 or not 1 <= int(text) <= most:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number from 1 to {most}")
+    return int(text)
+
+
+def _gpus(text: str) -> int:
+    return _count(text, _MOST_GPUS)
 
 
 def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError("above 0 and at most 1")
+    return _number(text, 1)
+
+
+def _gib(text: str) -> float:
+    return _number(text, _MOST_GIB)
+
+
+def _number(text: str, most: float) -> float:
+    """nan is greater and less than nothing."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number above 0 and at most {most:g}")
     return value
 
 
@@ -92,6 +107,7 @@ def _share(text: str) -> float:
 
 
 def _asked(arguments: argparse.Namespace, place: Place) -> tuple[ModelRequest, Model]:
+    from vllmd.ctl.model_places import absolute
     from vllmd.errors import UsageError
     from vllmd.models import sources
     from vllmd.models.identity import request_from
@@ -102,8 +118,8 @@ def _asked(arguments: argparse.Namespace, place: Place) -> tuple[ModelRequest, M
         raise UsageError("usage", f"there is no source {sorted(unknown)[0]!r}", f"there are: {', '.join(sources.names())}")
     if arguments.source:
         given = replace(given, sources=tuple(arguments.source))
-    if arguments.model.startswith(("/", "./", "../", "~")) or (Path(arguments.model) / "config.json").is_file():
-        given = replace(given, path=os.path.realpath(Path(arguments.model).expanduser()), revision="")
+    if arguments.model.startswith(("/", "./", "../", "~")) or os.path.isfile(f"{arguments.model}/config.json"):  # noqa: PTH113 - pathlib's raises for a long name
+        given = replace(given, path=os.path.realpath(absolute(arguments.model)), revision="")
     elif "/" in name:
         given = replace(given, id=name)
     else:

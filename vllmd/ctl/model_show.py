@@ -15,6 +15,7 @@ from typing import Any
 from vllmd.config import layers
 from vllmd.config.given import BUILT_IN
 from vllmd.config.paths import Paths
+from vllmd.config.redact import redact_argv
 from vllmd.config.values import printable
 from vllmd.ctl import model_file, model_set, model_wish
 from vllmd.ctl import unit as units
@@ -54,7 +55,7 @@ def as_dict(paths: Paths, name: str) -> dict[str, Any]:
         "choice": chosen.choice or None,
         "preset": chosen.choice if chosen.is_preset else None,
         "tier": chosen.tier or None,
-        "flags": list(chosen.flags),
+        "flags": list(redact_argv(chosen.flags)),
         "cleared": chosen.is_cleared,
         "edited_by_hand": chosen.is_edited,
         "file": str(model_file.path(paths, name)) if chosen.exists else None,
@@ -94,7 +95,8 @@ def clear(paths: Paths, given: str, *, restarts: bool, as_json: bool) -> int:
     chosen = Chosen(before.choice, before.is_preset, before.tier, before.flags, before.gpus, is_cleared=True)
     text = model_file.rendered(name, chosen, _NO_MODEL, paths.vllmctl)
     refuse_overridden(paths, name, text)
-    notes = model_file.write(paths, name, text)
+    with model_file.alone(paths):
+        notes = model_file.write(paths, name, text)
     if not as_json:
         sys.stdout.write(printable("\n".join([f"{name}: no model is selected", *(f"  note     {note}" for note in notes)]) + "\n"))
     was_restarted = restarts and model_set.restarted(paths, name, quiet=as_json, starts=False)
