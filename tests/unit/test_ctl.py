@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,29 @@ def test_status_bears_any_status_file(tmp_path: Path, content: str, capsys: pyte
     root = written(tmp_path, status=content, last=content)
     assert ctl.run(["status", "demo", "--root", str(root)]) == ctl_status.NOT_SERVING
     assert "demo  stopped" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity", "1e999"])
+def test_json_is_json_whatever_a_supervisor_wrote(number: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Python's json reads and writes NaN; jq, Go and JavaScript refuse the whole answer for it."""
+    written(tmp_path, status={})
+    (root_paths(tmp_path).instance_runtime("demo") / "status.json").write_text(f'{{"state": "ready", "load": {{"running": {number}}}}}')
+    assert ctl.run(["--root", str(tmp_path), "status", "--json"]) == 0
+    assert '"load": {"running": null}' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+@pytest.mark.parametrize("moment", [253402300799, "9999-12-31T23:59:59+00:00", "0001-01-01T00:00:00+00:00", -62135596800])
+def test_status_bears_the_ends_of_the_calendar(zone: str, moment: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        written(tmp_path, status={"state": "ready", "since": moment, "last_event": {"at": moment, "event": "x"}})
+        for words in (["status", "demo"], ["top", "--once"], ["top", "--json"]):
+            assert ctl.run(["--root", str(tmp_path), *words]) == 0
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 @pytest.mark.parametrize(

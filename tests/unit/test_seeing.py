@@ -120,7 +120,7 @@ def test_health_prints_nothing_that_a_terminal_obeys(tmp_path: Path, capsys: pyt
     assert capsys.readouterr().out.replace("\n", "").isprintable()
 
 
-@pytest.mark.parametrize("endpoint", ["", "http://name.invalid:80", "http://127.0.0.1:x", "http://127.0.0.1:99999", "unix:relative", "x", "http://[::1:80", "http://127.0.0.1:²"])
+@pytest.mark.parametrize("endpoint", ["", "http://name.invalid:80", "http://127.0.0.1:x", "http://127.0.0.1:99999", "unix:relative", "x", "http://[::1:80", "http://127.0.0.1:²", "unix:/a\0b"])
 def test_an_endpoint_that_says_nothing_is_not_judged(endpoint: str) -> None:
     assert alive.serves(endpoint) is None
 

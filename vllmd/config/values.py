@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
@@ -72,6 +73,17 @@ def printable(text: str) -> str:
 
 
 _YAML_KIND: dict[type[object], str] = {bool: "true or false", int: "a number", float: "a number"}
+
+
+def finite_json(text: str | bytes) -> Any:
+    """What JSON says. NaN and Infinity, which only Python's reader knows and only Python's writer prints, are null: what is read here
+    is printed again for other programs. ValueError, RecursionError."""
+    return json.loads(text, parse_constant=lambda _: None, parse_float=_finite)
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def string_of(value: object) -> str:

@@ -38,7 +38,7 @@ def serves(endpoint: str) -> bool | None:
 
 
 def listens(path: Path) -> bool | None:
-    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as link:
+    with contextlib.suppress(OSError, ValueError), socket.socket(socket.AF_UNIX) as link:  # ValueError: a path with a NUL
         link.settimeout(TIMEOUT_S)
         try:
             with opened(path) as address:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from vllmd.config.paths import Paths
+from vllmd.config.values import finite_json
 from vllmd.system.files import read_below
 
 _LIMIT_BYTES = 1 << 20
@@ -30,7 +30,7 @@ def read(base: Path, *names: str) -> dict[str, Any]:
     """The JSON object in base/names; {} when it is missing, not readable, too long or not an object. Below `base` everything may
     be of the service's making, and root reads it: no link is followed, nothing but a regular file opened."""
     try:
-        value = json.loads(read_below(base, names, _LIMIT_BYTES))
+        value = finite_json(read_below(base, names, _LIMIT_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
@@ -90,7 +90,7 @@ def moment(record: Mapping[str, Any], key: str) -> datetime | None:
     seconds = number(record, key)
     try:
         if seconds is not None:
-            return datetime.fromtimestamp(seconds, UTC)
+            return datetime.fromtimestamp(seconds).astimezone()
         return datetime.fromisoformat(text(record, key)).astimezone()
     except (ValueError, OverflowError, OSError):
         return None

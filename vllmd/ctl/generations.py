@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.config.paths import Paths
-from vllmd.config.values import printable
+from vllmd.config.values import finite_json, printable
 from vllmd.ctl import incidents
 from vllmd.ctl import unit as units
 from vllmd.ctl.files import text
@@ -85,7 +85,7 @@ def _numbers(descriptor: int) -> list[int]:
 
 def _read(descriptor: int, number: int) -> dict[str, Any]:
     try:
-        value = json.loads(incidents.read_at(descriptor, f"{number:05}.json", generations.RECORD_BYTES))
+        value = finite_json(incidents.read_at(descriptor, f"{number:05}.json", generations.RECORD_BYTES))
     except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vllmd.config.paths import Paths
-from vllmd.config.values import printable
+from vllmd.config.values import finite_json, printable
 from vllmd.ctl import unit as units
 from vllmd.ctl.files import number, text
 from vllmd.errors import PermissionMissing, StorageFailed, UsageError
@@ -51,7 +51,7 @@ class Folder:
     def summary(self, ident: str) -> dict[str, Any]:
         """{} where it cannot be read or understood."""
         try:
-            value = json.loads(self.read(ident, SUMMARY, SUMMARY_BYTES))
+            value = finite_json(self.read(ident, SUMMARY, SUMMARY_BYTES))
         except (OSError, ValueError, RecursionError):
             return {}
         return {**value, "id": ident} if isinstance(value, dict) else {}

@@ -170,7 +170,7 @@ def _since(instance: Instance) -> str:
     if since is None or instance.state in ("stopped", "failed", "restarting"):
         changed = instance.unit.changed if instance.unit else ""
         return f"  since {changed}" if changed else ""
-    return f"  since {since.astimezone():%Y-%m-%d %H:%M:%S} ({_ago(since)})"
+    return f"  since {since:%Y-%m-%d %H:%M:%S} ({_ago(since)})"
 
 
 def _ago(moment: datetime | None) -> str:
