@@ -15,6 +15,7 @@ from tests import synthetic_models
 from vllmd.check import check_one
 from vllmd.config.paths import Paths, root_paths
 from vllmd.core.sizing import Wanted
+from vllmd.core.sizing_verdict import Device
 from vllmd.engines import record
 from vllmd.gpu import ask
 from vllmd.preflight import sizing
@@ -92,6 +93,29 @@ def test_settings_decide_and_what_to_change_is_said(check: Check, model: str) ->
     assert check(model, engine={"args": {"max-model-len": "8k", "enforce-eager": True}})["max_model_len"] == 8000
     assert check(model, engine={"args": {"kv-cache-dtype": "fp8"}})["kv_cache_bytes"] == 8 * GIB
     assert set(check.asked) == {0.1}
+
+
+NODE = "Node 0 MemTotal: {0} kB\nNode 0 MemFree: {1} kB\nNode 0 Active(file): 10 kB\nNode 0 Inactive(file): 20 kB\nNode 0 SReclaimable: 30 kB\n"
+
+
+def test_the_memory_of_processors_is_what_the_engine_takes_it_for(tmp_path: Path) -> None:
+    """vLLM's cpu_resource_utils.get_memory_node_info: a worker's node, and no more than its container has."""
+    proc, system = tmp_path / "proc", tmp_path / "sys"
+    group = system / "fs/cgroup"
+    for folder in (proc, group, *(system / f"devices/system/node/node{number}" for number in (0, 2, 10))):
+        folder.mkdir(parents=True)
+    (proc / "meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 8000 kB\n")
+    assert sizing.host_memory(proc=proc, system=system) == Device("this host", 9000 << 10, 8000 << 10, is_cpu=True), "no NUMA"
+    for number, total in ((0, 0), (2, 4000), (10, 5000)):
+        (system / f"devices/system/node/node{number}/meminfo").write_text(NODE.format(total, 100))
+    assert sizing.host_memory(proc=proc, system=system) == Device("a NUMA node of this host", 4000 << 10, 160 << 10, is_cpu=True), "a node may have no memory"
+    assert sizing.host_memory(is_cpu=False, proc=proc, system=system).total == 9000 << 10, "a GPU that shares it has all of it"
+    (group / "memory.max").write_text("max\n")
+    assert sizing.host_memory(proc=proc, system=system).total == 4000 << 10
+    (group / "memory.max").write_text("200000\n")
+    (group / "memory.current").write_text("150000\n")
+    found = sizing.host_memory(proc=proc, system=system)
+    assert (found.total, found.free) == (200000, 50000)
 
 
 def test_the_chosen_gpus_count(check: Check, model: str) -> None:

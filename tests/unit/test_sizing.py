@@ -213,6 +213,19 @@ def test_a_host_without_a_gpu_and_a_cache_of_a_size() -> None:
     assert judge(Case(model, held, wanted), found, replace(host, free=8 * GIB)).word == "busy"
 
 
+def test_without_a_size_the_engine_wants_its_whole_share_of_the_host_free() -> None:
+    """vLLM's CPU build ends with "Available memory on node 0 (...) on startup is less than desired CPU memory utilization"."""
+    wanted = Wanted(is_cpu=True, max_model_len=8192)
+    model, held, found = counted(cases.LLAMA_8B, KNOWN[0].tensors, wanted)
+    host = Device("this host", 32 * GIB, 28 * GIB, is_cpu=True)
+    verdict = judge(Case(model, held, wanted), found, host)
+    assert (verdict.word, verdict.what) == ("busy", "vLLM does not start unless 29.44 GiB (0.92 of this host) are free, whatever it needs of that, and 28.00 GiB are free now")
+    assert [line.split(":")[0] for line in verdict.advice] == ["set VLLM_CPU_KVCACHE_SPACE", "free memory of the host", "or set serve.gpu_memory_utilization"]
+    space = int(verdict.advice[0].split()[2])
+    assert judge(Case(model, held, wanted), estimate(model, held, replace(wanted, kv_bytes=space * GIB)), host).word == "fits", "advice is tried before it is given"
+    assert "VLLM_CPU" not in " ".join(judge(Case(model, held, wanted), found, replace(host, free=16 * GIB)).advice), "that would not be free either"
+
+
 def test_nothing_to_compare_with() -> None:
     _, verdict = judged(KNOWN[0], Wanted(max_model_len=8192), None)
     assert (verdict.word, verdict.advice) == ("unknown", ())

@@ -81,8 +81,10 @@ def _busy(found: Estimate, device: Device, budget: int) -> str:
     """The engine takes its whole share at once, whatever it needs of it."""
     if device.free < 0 or device.free >= budget:
         return ""
-    if device.is_cpu:
+    if device.is_cpu and found.wanted.kv_bytes:
         return f"{gib(budget)} will be taken of the host's memory, and {gib(device.free)} are free now"
+    if device.is_cpu:
+        return f"vLLM does not start unless {gib(budget)} ({found.wanted.fraction:g} of {device.name}) are free, whatever it needs of that, and {gib(device.free)} are free now"
     return f"{device.name} has {gib(device.free)} free now, and the engine takes {gib(budget)} ({found.wanted.fraction:g} of {gib(device.total)})"
 
 
@@ -90,10 +92,18 @@ def _free(found: Estimate, device: Device) -> Iterator[str]:
     if device.is_cpu and found.wanted.kv_bytes:
         yield "free memory of the host (`vllmctl status` shows what instances have), or lower VLLM_CPU_KVCACHE_SPACE"
         return
+    space = _space(found)
+    if device.is_cpu and found.fixed + space * GIB <= device.free:
+        yield f"set VLLM_CPU_KVCACHE_SPACE: {space} in engine.env (GiB): then it takes what it needs, about {gib(found.fixed + space * GIB)}"
     yield "free memory of the host" if device.is_cpu else "end what uses it: `vllmctl gpu` shows who has it"
     share = math.floor(device.free / device.total * 100 - 1) / 100
     if share > 0 and found.needed <= device.total * share:
         yield f"or set serve.gpu_memory_utilization: {share:g}"
+
+
+def _space(found: Estimate) -> int:
+    """GiB of KV cache that one request needs."""
+    return max(1, math.ceil((found.kv + found.cache.page) / GIB))
 
 
 def _lacking(found: Estimate, device: Device, budget: int) -> str:
@@ -113,7 +123,7 @@ def _ways(case: Case, found: Estimate, device: Device, budget: int, gpus: int) -
     if longest >= _SHORTEST or (longest and found.length < _SHORTEST):
         yield f"set serve.max_model_len: {longest}"
     if device.is_cpu and found.wanted.kv_bytes:
-        yield f"or set VLLM_CPU_KVCACHE_SPACE: {math.ceil((found.kv + found.cache.page) / GIB)} in engine.env (GiB), if the host has it"
+        yield f"or set VLLM_CPU_KVCACHE_SPACE: {_space(found)} in engine.env (GiB), if the host has it"
         return
     yield from _smaller_cache(case, budget)
     if not device.is_cpu:

@@ -86,18 +86,47 @@ def _device(name: str, words: Mapping[str, Any]) -> Device:
     return Device(name, total * _MIB, free * _MIB if free or total else -1) if total else host_memory(f"{name} (the host's memory)", is_cpu=False)
 
 
-def host_memory(name: str = "this host", *, is_cpu: bool = True, proc: Path = Path("/proc")) -> Device:
-    words = _meminfo(proc)
-    return Device(name, words.get("MemTotal", 0) * _KIB, words.get("MemAvailable", -1) * _KIB if "MemAvailable" in words else -1, is_cpu=is_cpu)
+def host_memory(name: str = "this host", *, is_cpu: bool = True, proc: Path = Path("/proc"), system: Path = Path("/sys")) -> Device:
+    """`is_cpu`: as vLLM's CPU build reckons it: the first NUMA node's, since each of its workers keeps to one, and no more than the
+    control group may have."""
+    words = _meminfo(proc / "meminfo")
+    total, free = words.get("MemTotal", 0) * _KIB, words["MemAvailable"] * _KIB if "MemAvailable" in words else -1
+    if not is_cpu:
+        return Device(name, total, free)
+    nodes = sorted((system / "devices/system/node").glob("node[0-9]*/meminfo"), key=lambda path: int(path.parent.name[4:]))
+    node = next((found for path in nodes if (found := _meminfo(path, 2)).get("MemTotal")), {})
+    if _FREE <= node.keys():
+        name = name if len(nodes) == 1 else f"a NUMA node of {name}"
+        total, free = node["MemTotal"] * _KIB, sum(node[word] for word in _FREE) * _KIB
+    limit, used = _of_group(system / "fs/cgroup")
+    if 0 < limit < total:
+        return Device(f"{name} (its control group)", limit, max(0, min(free, limit - used)), is_cpu=True)
+    return Device(name, total, free, is_cpu=True)
 
 
-def _meminfo(proc: Path) -> dict[str, int]:
-    try:
-        lines = read_small(proc / "meminfo", 1 << 16).decode("ascii", "replace").splitlines()
-    except OSError:
-        return {}
-    rows = [line.replace(":", " ").split() for line in lines]
+_FREE = frozenset({"MemFree", "Active(file)", "Inactive(file)", "SReclaimable"})
+
+
+def _of_group(folder: Path) -> tuple[int, int]:
+    """(limit, used) in bytes: what a container's own group says at the root of what it sees. 0: no limit."""
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        words = [_text(folder / name).strip() for name in (limit, used)]
+        if words[0].isdigit():
+            return int(words[0]), int(words[1]) if words[1].isdigit() else 0
+    return 0, 0
+
+
+def _meminfo(path: Path, skipped: int = 0) -> dict[str, int]:
+    """KiB by name; a node's file has two words before each name."""
+    rows = [line.replace(":", " ").split()[skipped:] for line in _text(path).splitlines()]
     return {row[0]: int(row[1]) for row in rows if len(row) > 1 and row[1].isdigit()}
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_small(path, 1 << 16).decode("ascii", "replace")
+    except OSError:
+        return ""
 
 
 def _number(value: object) -> int:
