@@ -27,10 +27,12 @@ from bench.place import BenchError
 from bench.table import Figure
 from vllmd.config.paths import Paths, root_paths
 from vllmd.instance.board import NO_PROGRESS, now_text
+from vllmd.models import demo
 
 INSTANCES, ROUNDS, WINDOW_S, SETTLE_S = 20, 15, 30.0, 6.0
 CPU_BAR_PCT, STATUS_BAR_MS, HELP_BAR_MS = 3.0, 300.0, 200.0
 _CTL = "import sys; from vllmd.ctl import main; sys.exit(main())"
+_VLLMD = "import sys; from vllmd.cli import main; sys.exit(main())"
 
 
 def run() -> list[Figure]:
@@ -41,6 +43,8 @@ def run() -> list[Figure]:
             _quick("vllmctl --help", ["-c", _CTL, "--help"], HELP_BAR_MS),
             _quick(f"vllmctl status, {INSTANCES} instances", ["-c", _CTL, "--root", root, "status"], STATUS_BAR_MS),
             _quick("vllmctl status NAME", ["-c", _CTL, "--root", root, "status", "busy-00"], STATUS_BAR_MS),
+            _quick("vllmd --help", ["-c", _VLLMD, "--help"], HELP_BAR_MS),
+            _quick("vllmd check NAME, its memory reckoned", ["-c", _VLLMD, "--root", root, "check", "busy-00"], STATUS_BAR_MS),
             _quick("vllmctl health NAME", ["-c", _CTL, "--root", root, "health", "busy-00"], HELP_BAR_MS),
         ]
         own, all_ = _top(root)
@@ -103,10 +107,13 @@ def _host() -> Iterator[Paths]:
     with tempfile.TemporaryDirectory(prefix="vllmd-bench-") as folder, contextlib.ExitStack() as stack:
         paths = root_paths(Path(folder))
         paths.config.mkdir()
+        demo.make(Path(folder) / "model", seed=1)
+        (Path(folder) / "vllm").write_text("#!/bin/sh\n")
+        (Path(folder) / "vllm").chmod(0o755)
         engine = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
         names = [f"busy-{number:02}" for number in range(INSTANCES)]
         for name in names:
-            paths.instance_config(name).write_text("model: x\n")
+            paths.instance_config(name).write_text(f"model: {{path: {folder}/model}}\nengine: {{executable: {folder}/vllm}}\n")
             paths.instance_runtime(name).mkdir(parents=True)
             control = stack.enter_context(socket.socket(socket.AF_UNIX))
             control.bind(str(paths.instance_runtime(name) / "control.sock"))
