@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import synthetic_models
+from tests.fakes.hub import FakeHub
+from vllmd import ctl
 from vllmd.check import check_one
 from vllmd.config.paths import Paths, root_paths
 from vllmd.core.sizing import Wanted
 from vllmd.core.sizing_verdict import Device
+from vllmd.core.tiers import Card
+from vllmd.ctl import model_fit, model_hardware
+from vllmd.ctl.doctor import jobs
+from vllmd.ctl.model_hardware import Equipment
 from vllmd.engines import record
 from vllmd.gpu import ask
 from vllmd.preflight import sizing
@@ -194,3 +204,71 @@ def test_what_is_asked_of_a_wish_is_asked_of_every_gpu() -> None:
     assert (least.total >> 30, least.free >> 30) == (40, 10)
     assert sizing.smallest([], 1) is None
     assert Wanted().gpus == 1
+
+
+# -- what `model set` says of a model of one's own
+
+
+class Chooser:
+    """`model set demo MODEL` in the root of `check`, whose engine is the host's; what it said."""
+
+    def __init__(self, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._root = check.paths.config.parent
+        check.paths.config.mkdir(exist_ok=True)
+        self._check = check
+        self.host()
+        self.cards: tuple[Card, ...] = ()
+        monkeypatch.setattr(model_hardware, "look", lambda *_: Equipment(self.cards, 64 << 10))
+        monkeypatch.setattr(jobs, "_REAP_S", 10.0)
+        monkeypatch.setenv("HOME", str(self._root))
+
+    def host(self, **model: Any) -> None:
+        (self._check.paths.config / "vllmd.yaml").write_text(json.dumps({"engine": {"executable": str(self._check.program)}, "model": model}))
+
+    def __call__(self, *words: str) -> tuple[list[str], float]:
+        began = time.monotonic()
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            assert ctl.run(["--root", str(self._root), "model", "set", "demo", *words, "--no-restart", "--json"]) == 0
+        return [note for note in json.loads(output.getvalue())["notes"] if "fit" in note or note.startswith("- ")], time.monotonic() - began
+
+
+@pytest.fixture
+def choose(check: Check, monkeypatch: pytest.MonkeyPatch) -> Chooser:
+    return Chooser(check, monkeypatch)
+
+
+def test_a_model_of_ones_own_that_will_not_fit_is_told_and_chosen(choose: Chooser, model: str) -> None:
+    choose.cards = tuple(Card(index, f"GPU-{index}", "A10", capability="8.6", memory_mib=24 << 10) for index in range(2))
+    told, _ = choose(model)
+    assert told[0].startswith("it will probably not fit: one request of 131072 tokens takes 16.00 GiB")
+    assert any(line.startswith("- set serve.max_model_len: ") for line in told)
+    assert any("tensor_parallel_size: 2 (" in line and "this host has" not in line for line in told)
+    assert choose(model, "--force")[0] == []
+    assert choose(model, "--gpus", "2")[0] == []
+    choose.cards = (Card(0, "GPU-0", "H100", capability="9.0", memory_mib=80 << 10),)
+    assert choose(model)[0] == []
+
+
+def test_what_is_at_the_hub_is_looked_at_there_with_the_settings_that_hold(choose: Chooser, check: Check, tmp_path: Path) -> None:
+    middle = synthetic_models.write(tmp_path / "middle", synthetic_models.config("llama", num_hidden_layers=6, vocab_size=8000, max_position_embeddings=131072))
+    choose.cards = (Card(0, "GPU-0", "A2", capability="8.6", memory_mib=900),)
+    with FakeHub({"acme/Middle": middle}) as hub:
+        choose.host(hf_endpoint=hub.url)
+        assert choose("acme/Middle")[0][0].startswith("it will probably not fit: the weights")
+        (check.paths.config / "demo.d/60-mine.yaml").write_text(json.dumps({"serve": {"max_model_len": 512}, "engine": {"args": {"enforce-eager": True, "max-num-batched-tokens": 512, "max-num-seqs": 4}}}))
+        assert choose("acme/Middle")[0] == []
+
+
+def test_a_network_that_swallows_everything_holds_nobody_up(choose: Chooser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_fit, "DEADLINE_S", 2.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        choose.host(hf_endpoint=endpoint)
+        told, took_s = choose("acme/Middle")
+        assert told[0].startswith("whether it will fit is not known (no answer within 2 s): vllmctl --root ")
+        assert told[0].endswith(" model plan acme/Middle")
+        assert took_s < 8
+        monkeypatch.setattr(model_fit, "DEADLINE_S", 60.0)
+        choose.host(hf_endpoint=endpoint, offline=True)
+        assert "its headers cannot be read now" in choose("acme/Middle")[0][0]

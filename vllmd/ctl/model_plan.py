@@ -44,8 +44,8 @@ def main(argv: Sequence[str], paths: Paths) -> int:
     from vllmd.ctl import store
 
     request, settings = _asked(arguments, store.place_of(paths, arguments.dir, os.environ))
-    facts, via = _facts(request, settings, os.environ)
-    sized = _sized(facts, arguments, paths)
+    found, via = facts(request, settings, os.environ)
+    sized = _sized(found, arguments, paths)
     if arguments.json:
         from vllmd.preflight.sizing_show import as_dict
 
@@ -127,7 +127,7 @@ def _asked(arguments: argparse.Namespace, place: Place) -> tuple[ModelRequest, M
     return request_from(given, place.store), given
 
 
-def _facts(request: ModelRequest, settings: Model, environ: Mapping[str, str]) -> tuple[Facts, str]:
+def facts(request: ModelRequest, settings: Model, environ: Mapping[str, str]) -> tuple[Facts, str]:
     """Of the first source that has it, and which that is. Errors as a resolution has them."""
     from vllmd.errors import ModelNotFound, VllmdError
     from vllmd.models import headers, sources

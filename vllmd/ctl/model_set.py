@@ -36,9 +36,14 @@ def set_model(paths: Paths, name: str, asked: Asked, *, restarts: bool, as_json:
     before = model_file.read(paths, name)
     selection = model_choice.select(paths, name, asked, before, model_wish.wish(paths, name, instance_text))
     text = model_file.rendered(name, selection.chosen, selection.settings, paths.vllmctl)
+    told = list(selection.told)
+    if not selection.chosen.is_preset and not asked.is_forced:
+        from vllmd.ctl import model_fit
+
+        told += model_fit.notes(paths, name, text, instance_text, selection.group)
     with model_file.alone(paths):
         instance_text = "" if paths.instance_config(name).exists() else _new_instance(paths, name, asked)  # the port that was free before may be gone
-        notes = [*selection.told, *checked(paths, name, text, instance_text, selection.settings, selection.chosen.tier)]
+        notes = [*told, *checked(paths, name, text, instance_text, selection.settings, selection.chosen.tier)]
         notes += model_file.write(paths, name, text, instance_text)
     document = as_dict(paths, name, selection, notes)
     if not as_json:

@@ -95,7 +95,7 @@ def host_memory(name: str = "this host", *, is_cpu: bool = True, proc: Path = Pa
         return Device(name, total, free)
     nodes = sorted((system / "devices/system/node").glob("node[0-9]*/meminfo"), key=lambda path: int(path.parent.name[4:]))
     node = next((found for path in nodes if (found := _meminfo(path, 2)).get("MemTotal")), {})
-    if _FREE <= node.keys():
+    if node.keys() >= _FREE:
         name = name if len(nodes) == 1 else f"a NUMA node of {name}"
         total, free = node["MemTotal"] * _KIB, sum(node[word] for word in _FREE) * _KIB
     limit, used = _of_group(system / "fs/cgroup")
@@ -161,9 +161,16 @@ def of_instance(asked: Instance) -> Sized | str:
         facts = headers.local(directory, QUICK_HEADER_BYTES)
     except (VllmdError, OSError) as error:
         return f"cannot be told: {getattr(error, 'what', error)}"
+    return of_facts(asked, facts)
+
+
+def of_facts(asked: Instance, facts: Facts, known: Device | None = None, gpus: int = 0) -> Sized:
+    """`known`: a GPU like those it will have, and how many there are of them; without it, the host's service is asked."""
     if asked.wanted.is_cpu:
         device = host_memory()
         return size_up(facts, asked.wanted, replace(device, free=-1) if _runs(asked) else device)
+    if known is not None:
+        return size_up(facts, replace(asked.wanted, gpu_bytes=known.total), known, gpus)
     document = ask.ask(asked.paths, SERVICE_S)
     found = _chosen(devices(document or {}, _names(asked.gpus)), asked.gpus, asked.wanted.gpus)
     if found is None:
