@@ -1,4 +1,4 @@
-"""docs/json.md as a schema: what a command printed is held against the tables there."""
+"""docs/json.md as a schema, with the table of docs/doctor.md: what a command printed is held against the tables there."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parent.parent / "docs/json.md"
+PAGES = (PAGE, PAGE.with_name("doctor.md"))
 _ROW = re.compile(r"^\| `([^`]+)` \| ([^|]+) \|(.*)\|$", re.MULTILINE)
 _KINDS: Mapping[str, Any] = {"string": str, "boolean": bool, "object": dict, "list": list, "null": type(None)}
 Table = dict[str, tuple[frozenset[str], bool]]
@@ -17,7 +18,7 @@ Table = dict[str, tuple[frozenset[str], bool]]
 def tables() -> dict[str, Table]:
     """Heading -> table; headings without one are left out."""
     found = {}
-    for part in re.split(r"(?m)^## ", PAGE.read_text(encoding="utf-8"))[1:]:
+    for part in re.split(r"(?m)^## ", "\n".join(page.read_text(encoding="utf-8") for page in PAGES))[1:]:
         rows = {path: (frozenset(kind.strip().split(" or ")), "not always" not in meaning) for path, kind, meaning in _ROW.findall(part)}
         if rows:
             found[part.splitlines()[0].strip()] = rows

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from tests.component.gpu_hosts import GpuHost, uuid
+from tests.json_docs import differences
 from tests.ports import free_port
 from vllmd.config.paths import root_paths
 from vllmd.core.xids import HINTS
@@ -41,6 +42,7 @@ def doctor(host: GpuHost, *arguments: str) -> dict[str, dict[str, Any]]:
     assert done.returncode in (0, 1), done.stderr
     document = json.loads(done.stdout)
     assert done.returncode == (1 if document["findings"] else 0)
+    assert differences("vllmctl doctor --json", document) == []
     return {each["check"]: each for each in document["findings"] if each["check"] not in OF_THIS_MACHINE}
 
 

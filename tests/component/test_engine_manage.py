@@ -19,6 +19,7 @@ import pytest
 from tests.component.test_engine_install import listing, request, run
 from tests.component.test_engine_install import wheels as wheels
 from tests.engine_wheels import wheel
+from tests.json_docs import differences
 from vllmd.config.paths import Paths, root_paths
 from vllmd.ctl import engine as ctl_engine
 from vllmd.engines import choice, install, locks, packages, record, verify
@@ -167,6 +168,7 @@ def test_a_new_engine_is_as_it_was_installed(paths: Paths, capsys: pytest.Captur
     assert engine(paths, "verify") == 0
     assert engine(paths, "verify", "--json") == 0
     report = json.loads(capsys.readouterr().out)
+    assert differences("vllmctl engine verify --json", report) == []
     assert report["ok"]
     assert report["checked"] > 400  # pip and setuptools are among them
 

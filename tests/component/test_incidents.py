@@ -357,6 +357,9 @@ def test_vllmctl_shows_hostile_evidence_without_harm() -> None:
             assert "ROOT ONLY" not in done.stdout + done.stderr, arguments
             assert "\x1b" not in done.stdout + done.stderr, arguments
             assert "Traceback" not in done.stderr, done.stderr
+        (folder / "summary.json").write_text("[]")
+        said = json.loads(ctl(instance, folder.name, "--json").stdout)
+        assert (said["schema"], said["id"]) == (1, folder.name)
         assert ctl(instance, folder.name, "--part", "../secret.txt").returncode == 64
         assert ctl(instance, "nothing-like-it").returncode == 64
 

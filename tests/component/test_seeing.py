@@ -14,6 +14,7 @@ import pytest
 from tests import procs
 from tests.component.daemons import quick
 from tests.harness import Instance
+from tests.json_docs import differences
 from vllmd import ctl
 from vllmd.ctl.unit import UnitState
 
@@ -32,10 +33,16 @@ class Systemd:
     def show(self, _name: str) -> UnitState:
         return UnitState(load="loaded", active="active" if self._is_active else "inactive")
 
-    def submit(self, _verb: str, _name: str) -> None:
-        self._instance.start()
-        self._instance.wait_ready()
-        self._is_active = True
+    def submit(self, verb: str, _name: str) -> None:
+        if verb == "restart":
+            return  # --no-wait: nobody looks what became of it
+        if verb == "stop":
+            self._instance.signal(signal.SIGTERM)
+            assert self._instance.wait_exit() == 0
+        else:
+            self._instance.start()
+            self._instance.wait_ready()
+        self._is_active = verb == "start"
 
 
 def typed(command: str) -> str:
@@ -55,13 +62,19 @@ def test_start_ends_with_a_curl_that_works(listen: str, monkeypatch: pytest.Monk
         assert told[-1].startswith("try: curl ")
         assert "choices" in json.loads(typed(told[-1].removeprefix("try: ") + " -sS"))
         assert "error" in json.loads(typed(told[-1].removeprefix("try: ").replace("Bearer ", "Bearer x") + " -sS")), "without the key it is refused"
-        monkeypatch.setattr("vllmd.ctl.unit.need_systemd", lambda _paths: Systemd(instance))
+        systemd = Systemd(instance)
+        monkeypatch.setattr("vllmd.ctl.unit.need_systemd", lambda _paths: systemd)
         instance.signal(signal.SIGTERM)
         assert instance.wait_exit() == 0
         assert ctl.run(["--root", str(instance.root), "start", "demo", "--json"]) == 0
         said = json.loads(capsys.readouterr().out)
+        assert differences("vllmctl start NAME --json", said) == []
         assert (said["schema"], said["instance"], said["unit"], said["state"]) == (1, "demo", "active", "ready")
         assert said["example"].startswith("curl ")
+        for words, unit in ((("start", "demo"), "active"), (("restart", "demo", "--no-wait"), "queued"), (("stop", "demo"), "inactive"), (("stop", "demo"), "inactive")):
+            assert ctl.run(["--root", str(instance.root), *words, "--json"]) == 0
+            told = json.loads(capsys.readouterr().out)
+            assert (differences("vllmctl start NAME --json", told), told["unit"]) == ([], unit)
     finally:
         instance.close()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.json_docs import differences
 from tests.unit.engine_contexts import context
 from vllmd.config.paths import Paths, root_paths
 from vllmd.ctl import cache as ctl_cache
@@ -127,7 +128,9 @@ def run(paths: Paths, *argv: str) -> int:
 def rows(paths: Paths, capsys: pytest.CaptureFixture[str]) -> dict[str, dict[str, object]]:
     capsys.readouterr()
     assert run(paths, "list", "--json") == 0
-    return {row["engine"]: row for row in json.loads(capsys.readouterr().out)["caches"]}
+    document = json.loads(capsys.readouterr().out)
+    assert differences("vllmctl cache list --json", document) == []
+    return {row["engine"]: row for row in document["caches"]}
 
 
 def test_the_list_tells_size_use_and_what_it_is_for(paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

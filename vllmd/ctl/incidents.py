@@ -126,7 +126,7 @@ def incidents(paths: Paths, name: str, ident: str | None, *, part: str | None = 
         if part is not None:
             sys.stdout.write(_lines(_part(folder, found, part)))
         elif as_json:
-            print(json.dumps({**folder.summary(found), "texts": dict(_texts(folder, found))}))
+            print(json.dumps({"schema": 1, "id": found, **folder.summary(found), "texts": dict(_texts(folder, found))}))
         else:
             sys.stdout.writelines(f"{line}\n" for line in screen(folder, found))
     return 0
