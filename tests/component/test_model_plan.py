@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from tests import synthetic_models, tiny_models
 from tests.fakes.hub import Asked, FakeHub, Reply
 from tests.tiny_models import tree
 from vllmd import ctl
+from vllmd.ctl import model_plan
 from vllmd.errors import ModelInvalid, ModelNotFound, PermissionMissing, SourceUnavailable, UsageError, VllmdError
 from vllmd.gpu import client
 from vllmd.models import headers
@@ -136,6 +140,29 @@ def test_a_server_that_fails_now_and_then_is_asked_again(plan: Plan, hub: FakeHu
     hub.script = lambda asked: Reply(503) if asked.server == "cdn" else None
     with pytest.raises(SourceUnavailable, match="answered 503"):
         plan(NAME, "--cpu")
+
+
+def test_a_server_that_sends_a_byte_now_and_then_is_given_up(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of them came within the limit of a read: it went on for ever."""
+    monkeypatch.setattr(model_plan, "ANSWER_S", 2.0)
+    ended = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        with contextlib.suppress(OSError), listener.accept()[0] as link:
+            link.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 100000\r\n\r\n")
+            while not ended.wait(0.1):
+                link.sendall(b" ")
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listener.getsockname()[1]}")
+        server = threading.Thread(target=drip, args=(listener,))
+        server.start()
+        try:
+            with pytest.raises(SourceUnavailable, match="within 2 s: a source answers, but too slowly"):
+                plan(NAME, "--source", "hf-hub")
+        finally:
+            ended.set()
+            server.join()
 
 
 def test_a_gated_model_wants_its_token(plan: Plan, hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:

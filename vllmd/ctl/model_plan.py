@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from vllmd.commandline import Parser
 from vllmd.config.paths import Paths
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from vllmd.preflight.sizing import Sized
 
 DOES_NOT_FIT = 3
-DRIVER_TIMEOUT_S = 45.0
+DRIVER_TIMEOUT_S, ANSWER_S = 45.0, 120.0
 _GIB = 1 << 30
 _MOST_GPUS, _MOST_GIB = 4096, 1 << 20
 _DESCRIPTION = (
@@ -44,7 +46,14 @@ def main(argv: Sequence[str], paths: Paths) -> int:
     from vllmd.ctl import store
 
     request, settings = _asked(arguments, store.place_of(paths, arguments.dir, os.environ))
-    found, via = facts(request, settings, os.environ)
+    try:
+        with _within(ANSWER_S):
+            found, via = facts(request, settings, os.environ)
+    except _TooLong:
+        from vllmd.errors import SourceUnavailable
+
+        what = f"what {request.identity} needs could not be read within {ANSWER_S:g} s: a source answers, but too slowly"
+        raise SourceUnavailable("source_slow", what, f"ask another one with --source; {paths.vllmctl} doctor asks each") from None
     sized = _sized(found, arguments, paths)
     if arguments.json:
         from vllmd.preflight.sizing_show import as_dict
@@ -104,6 +113,26 @@ def _number(text: str, most: float) -> float:
 
 
 # -- the model
+
+
+class _TooLong(BaseException):
+    """No Exception: a source's library would try again."""
+
+
+@contextmanager
+def _within(limit_s: float) -> Iterator[None]:
+    """Each read has a limit of its own; a server that sends a byte now and then keeps within it for ever."""
+
+    def give_up(*_: object) -> NoReturn:
+        raise _TooLong
+
+    before = signal.signal(signal.SIGALRM, give_up)
+    signal.setitimer(signal.ITIMER_REAL, limit_s)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _asked(arguments: argparse.Namespace, place: Place) -> tuple[ModelRequest, Model]:
