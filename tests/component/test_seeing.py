@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +16,9 @@ from tests import procs
 from tests.component.daemons import quick
 from tests.harness import Instance
 from tests.json_docs import differences
+from tests.needs import need
 from vllmd import ctl
+from vllmd.config.paths import root_paths
 from vllmd.ctl.unit import UnitState
 
 pytestmark = pytest.mark.component
@@ -109,3 +112,34 @@ def test_load_and_last_event_are_told_while_they_are_of_now() -> None:
         ended = instance.status_json()
         assert ended["load"] is None
         assert ended["last_event"]["text"]
+
+
+def test_somebody_who_may_not_look_is_told_so_and_not_that_nothing_runs(tmp_path: Path) -> None:
+    """root without the right to pass over the modes of files: like anybody else, in a checkout that is root's."""
+    need(condition=os.geteuid() == 0 and shutil.which("setpriv") is not None, what="root and setpriv")
+    paths = root_paths(tmp_path)
+    paths.instance_runtime("demo").mkdir(parents=True)
+    paths.config.mkdir()
+    paths.instance_config("demo").write_text("model: a/b\n")
+    status = paths.instance_runtime("demo") / "status.json"
+    status.write_text('{"state": "ready"}')
+    status.chmod(0o600)
+    os.chown(status, 65534, 65534)
+
+    def said(*words: str) -> tuple[int, str]:
+        argv = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", "--", sys.executable, "-c", "import sys; from vllmd.ctl import main; sys.exit(main())", "--root", str(tmp_path), *words]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60, check=False)
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout + done.stderr
+
+    assert said("status", "demo") == (77, f"vllmctl: you may not read {status}\n  hint: sudo vllmctl --root {tmp_path} status demo\n")
+    assert json.loads(said("status", "--json")[1])["instances"][0]["state"] == "unknown"
+    assert json.loads(said("top", "--json")[1])["instances"][0]["state"] == "unknown"
+    assert said("health", "demo")[0] == 77
+    paths.config.chmod(0o700)
+    os.chown(paths.config, 65534, 65534)
+    for words in (["status", "demo"], ["model", "show", "demo"], ["model", "set", "demo", "a/b"], ["model", "clear", "demo"], ["model", "presets", "demo"], ["health", "demo"]):
+        assert said(*words)[0] == 77, words
+    status.unlink()
+    paths.instance_runtime("demo").rmdir()
+    assert said("status") == (77, f"vllmctl: you may not read {paths.config}\n  hint: sudo vllmctl --root {tmp_path} status\n")

@@ -69,6 +69,17 @@ def test_a_supervisor_that_was_killed_is_no_longer_ready() -> None:
         assert screen.wait_exit() == 0
 
 
+@pytest.mark.parametrize(("name", "is_ascii"), [("xx_YY.UTF-8", False), ("xx_YY", True)])
+def test_a_locale_that_this_host_does_not_have_is_borne(tmp_path: Path, name: str, is_ascii: bool) -> None:
+    """ssh sends the client's LC_*: it was a traceback."""
+    with top(tmp_path, LC_ALL=name) as screen:
+        shown = screen.wait_text("no instances")
+        assert "\n".join(shown).isascii() or not is_ascii
+        screen.type("q")
+        assert screen.wait_exit() == 0
+        assert screen.is_sane
+
+
 @pytest.mark.parametrize(("end", "status"), [("q", 0), ("\x03", 130)])
 def test_it_leaves_the_terminal_as_it_was(tmp_path: Path, end: str, status: int) -> None:
     with top(tmp_path) as screen:

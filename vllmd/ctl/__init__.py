@@ -19,7 +19,17 @@ _GLOBALS = "--user and --root DIR may stand before or after the verb."
 
 def main() -> int:
     """The entry point of the command; returns its exit status."""
-    return guarded("vllmctl", run)
+    return guarded("vllmctl", _permitted)
+
+
+def _permitted(argv: Sequence[str]) -> int:
+    """An administrator may close any directory to others: what a verb did not foresee is no bug of ours."""
+    try:
+        return run(argv)
+    except PermissionError as error:
+        from vllmd.errors import PermissionMissing
+
+        raise PermissionMissing("permission_missing", f"{error.filename or 'it'}: {error.strerror}", "run it as root (sudo vllmctl ...), or as somebody who may read that") from None
 
 
 def run(argv: Sequence[str]) -> int:

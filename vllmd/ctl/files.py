@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -38,6 +39,16 @@ def read(base: Path, *names: str) -> dict[str, Any]:
 
 def status(paths: Paths, name: str) -> dict[str, Any]:
     return read(paths.runtime, "i", name, "status.json")
+
+
+def is_refused(paths: Paths, name: str) -> bool:
+    """Whether there may be a status.json that we may not read."""
+    place = paths.instance_runtime(name) / "status.json"
+    try:
+        os.stat(place)  # noqa: PTH116 - its own error says which
+        return not os.access(place, os.R_OK)
+    except OSError as error:
+        return isinstance(error, PermissionError)
 
 
 def last(paths: Paths, name: str) -> dict[str, Any]:

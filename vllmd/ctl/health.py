@@ -7,7 +7,6 @@ listens where it says so. A supervisor that was killed leaves its last word behi
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -113,15 +112,7 @@ def _doing(said: Mapping[str, Any]) -> str:
 
 def _must_exist(paths: Paths, name: str, *, is_known: bool) -> None:
     """Nothing was read: because nothing is there, or because we may not."""
-    runtime = paths.instance_runtime(name)
-    try:
-        os.stat(runtime / "status.json")  # noqa: PTH116 - its own error says which
-        readable = os.access(runtime / "status.json", os.R_OK)
-    except PermissionError:
-        readable = False
-    except OSError:
-        readable = True
-    if not readable:
-        raise PermissionMissing("status_refused", f"you may not read {runtime}/status.json", f"sudo {paths.vllmctl} health {name}")
+    if files.is_refused(paths, name):
+        raise PermissionMissing("status_refused", f"you may not read {paths.instance_runtime(name)}/status.json", f"sudo {paths.vllmctl} health {name}")
     if not is_known and not paths.instance_config(name).exists():
         raise UsageError("instance_unknown", f"no instance {name}: {paths.instance_config(name)} does not exist", f"{paths.vllmctl} status lists what there is")

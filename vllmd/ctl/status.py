@@ -17,10 +17,12 @@ from vllmd.ctl import files
 from vllmd.ctl import unit as units
 from vllmd.ctl.unit import UnitState
 from vllmd.engines import choice
-from vllmd.errors import UsageError
+from vllmd.errors import PermissionMissing, UsageError
 
 SERVING = frozenset({"ready", "unconfigured"})
 NOT_SERVING = 3
+UNKNOWN = "unknown"
+"""Somebody else may read it."""
 _BAR = 20
 
 _INCIDENT = re.compile(r"[0-9A-Za-z.-]{1,64}")
@@ -47,6 +49,7 @@ def status(paths: Paths, name: str | None, *, as_json: bool) -> int:
     systemd = units.Systemd(paths.scope) if units.runs(paths.scope) else None
     chosen = [units.instance_name(name)] if name else names(paths, systemd)
     found = look_at(paths, chosen, systemd)
+    _must_read(paths, found, name)
     if name and not _known(paths, found[0]):
         raise UsageError("instance_unknown", f"no instance {found[0].name}: {paths.instance_config(found[0].name)} does not exist", "vllmctl status lists what there is")
     if as_json:
@@ -56,6 +59,14 @@ def status(paths: Paths, name: str | None, *, as_json: bool) -> int:
     else:
         sys.stdout.write(printable("\n".join(table(found, paths))) + "\n")
     return NOT_SERVING if name and found[0].state not in SERVING else 0
+
+
+def _must_read(paths: Paths, found: list[Instance], name: str | None) -> None:
+    """To somebody who may not read it, what serves looks as if it were stopped, or were not there. PermissionMissing."""
+    if not found and paths.config.exists() and not os.access(paths.config, os.R_OK | os.X_OK):
+        raise PermissionMissing("config_unreadable", f"you may not read {paths.config}", f"sudo {paths.vllmctl} status")
+    if name and found[0].state == UNKNOWN:
+        raise PermissionMissing("status_refused", f"you may not read {paths.instance_runtime(found[0].name)}/status.json", f"sudo {paths.vllmctl} status {found[0].name}")
 
 
 def names(paths: Paths, systemd: units.Systemd | None) -> list[str]:
@@ -73,7 +84,8 @@ def look_at(paths: Paths, names: list[str], systemd: units.Systemd | None) -> li
 
 def _look(paths: Paths, name: str, unit: UnitState | None) -> Instance:
     said = files.status(paths, name)
-    return Instance(name, true_state(said, unit), said, files.last(paths, name), unit)
+    state = UNKNOWN if not said and unit is None and files.is_refused(paths, name) else true_state(said, unit)
+    return Instance(name, state, said, files.last(paths, name), unit)
 
 
 def true_state(said: Mapping[str, Any], unit: UnitState | None) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from vllmd.config.paths import Paths
 from vllmd.ctl import files, gpu_facts, gpu_show
 from vllmd.ctl.cells import clean
-from vllmd.ctl.status import SERVING, model_of, true_state
+from vllmd.ctl.status import SERVING, UNKNOWN, model_of, true_state
 from vllmd.ctl.unit import UnitState
 
 _TEXT = 400
@@ -120,6 +120,7 @@ class Gatherer:
     def _row(self, name: str, cards: Sequence[Card]) -> Row:
         said, unit = self._status(name), self.units.get(name)
         state = "failed" if name in self.dead else true_state(said, unit)
+        state = UNKNOWN if state == "stopped" and not said and unit is None and files.is_refused(self.paths, name) else state
         ended = self._file(name, "last.json") if state not in SERVING else {}
         problem = files.problem(said) or (None if state in SERVING else files.problem(ended))
         state = "failed" if state == "stopped" and problem is not None else state

@@ -38,7 +38,7 @@ _COLOURS = {"good": curses.COLOR_GREEN, "busy": curses.COLOR_CYAN, "warn": curse
 
 
 def run(gatherer: Gatherer, view: View, interval_s: float) -> int:
-    locale.setlocale(locale.LC_ALL, "")
+    _set_locale()
     curses.set_escdelay(25)
     try:
         window = curses.initscr()
@@ -58,6 +58,16 @@ def run(gatherer: Gatherer, view: View, interval_s: float) -> int:
             curses.nocbreak()
             curses.echo()
             curses.endwin()
+
+
+def _set_locale() -> None:
+    """ssh brings the names of the client's locales, which this host need not have: LC_ALL=de_DE.UTF-8 where only C.UTF-8 was made."""
+    wanted = os.environ.get("LC_ALL") or os.environ.get("LC_CTYPE") or os.environ.get("LANG") or ""
+    for name in ("", "C.UTF-8") if "utf" in wanted.lower() else ("",):
+        with contextlib.suppress(locale.Error):
+            locale.setlocale(locale.LC_ALL, name)
+            return
+    locale.setlocale(locale.LC_ALL, "C")
 
 
 class _Screen:
