@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.fakes.nvml import uuid
+from tests.needs import need
 from tests.system.container import Done, wait_for
 from tests.system.host import FAKE_ENGINE, Host
 from tests.system.network import network_of
@@ -146,6 +149,53 @@ def test_every_planted_fault_is_found_and_mended_by_the_printed_command(sick: Ho
         left = [each for each in doctor(host) if each["check"] not in before | {"model-nowhere"}]
     assert left == []
     assert "KEPT=1" in host.shell(f"cat /etc/systemd/system/vllmd@{NAME}.service.d/10-family.conf").out, "the rest of a drop-in stays"
+
+
+DEVICES = Path("/sys/fs/cgroup/devices")
+
+
+@contextmanager
+def refused(host: Host, device: str) -> Iterator[None]:
+    """The container's systemd may load no program that filters devices (cgroup v2), so that DeviceAllow= has no effect there. The older
+    controller, where the machine has it, gives its processes the same answer: EPERM, whatever the mode of the file."""
+    need((DEVICES / "devices.deny").exists(), "the devices controller of cgroup v1")
+    group = DEVICES / f"vllmd-test-{os.getpid()}"
+    group.mkdir()
+    inside = _leads_to(Path(f"/proc/{host.container.init}/ns/pid"))
+    try:
+        (group / "devices.deny").write_text(f"{device} rwm")
+        _move(group, [path.parent.parent.name for path in Path("/proc").glob("[0-9]*/ns/pid") if _leads_to(path) == inside])
+        yield
+    finally:
+        _move(DEVICES, (group / "cgroup.procs").read_text().split())
+        group.rmdir()
+
+
+def _leads_to(path: Path) -> str:
+    with suppress(OSError):
+        return str(path.readlink())
+    return ""
+
+
+def _move(group: Path, pids: list[str]) -> None:
+    for pid in pids:
+        with suppress(ProcessLookupError):
+            (group / "cgroup.procs").write_text(pid)
+
+
+def test_a_device_that_the_unit_refuses_is_told_from_one_of_the_wrong_mode(host: Host) -> None:
+    host.instance(NAME)
+    host.shell("mknod -m 0666 /dev/kfd c 1 7")
+    try:
+        assert "device-refused" not in checks(doctor(host, NAME))
+        with refused(host, "c 1:7"):
+            [finding] = [each for each in doctor(host, NAME) if each["where"] == "/dev/kfd"]
+            assert finding["check"] == "device-refused"
+            assert follow(host, finding).status == 0
+            assert "/dev/kfd rw" in host.shell(f"systemctl show --property=DeviceAllow vllmd@{NAME}.service").out
+        assert "device-refused" not in checks(doctor(host, NAME))
+    finally:
+        host.shell("rm -rf /dev/kfd /etc/systemd/system/vllmd@.service.d/90-vllmd-doctor.conf; systemctl stop vllmd-gpu 2>/dev/null; systemctl daemon-reload; true")
 
 
 def test_another_user_than_root_is_told_what_could_not_be_looked_at(host: Host) -> None:
