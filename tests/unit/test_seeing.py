@@ -7,6 +7,7 @@ import io
 import json
 import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from vllmd import ctl
 from vllmd.config.paths import root_paths
 from vllmd.core.load import Load, load_of
 from vllmd.core.pulse import Rank, Sample
-from vllmd.ctl import alive, events
+from vllmd.ctl import alive, control, events
 from vllmd.errors import UsageError
 
 pytestmark = pytest.mark.unit
@@ -197,11 +198,23 @@ def test_an_event_as_a_line() -> None:
 
 
 @pytest.mark.parametrize("message", ["\x1b[2J\nx", [27, 91, 50, 74], [1, "x"], None, 5, ["a", "b"], [300]])
-@pytest.mark.parametrize("more", [{}, {"PRIORITY": "x"}, {"PRIORITY": ""}, {"__REALTIME_TIMESTAMP": "9" * 400}, {"VLLMD_EVENT": ["\x1b", "b"]}, {"VLLMD_INSTANCE": None}])
-def test_hostile_entries_are_harmless(message: Any, more: dict[str, Any]) -> None:
-    entry = {**ENTRY, "MESSAGE": message, **more}
-    assert events.shown(entry, colour=False).isprintable()
-    json.dumps(events.as_dict(entry), allow_nan=False)
+@pytest.mark.parametrize("more", [{}, {"PRIORITY": "x"}, {"PRIORITY": ""}, {"__REALTIME_TIMESTAMP": "9" * 400}, {"__REALTIME_TIMESTAMP": "253402300799000000"}, {"__REALTIME_TIMESTAMP": "-62135596800000000"}, {"VLLMD_EVENT": ["\x1b", "b"]}, {"VLLMD_INSTANCE": None}])
+@pytest.mark.parametrize("zone", ["Asia/Tokyo", "America/New_York"])
+def test_hostile_entries_are_harmless(message: Any, more: dict[str, Any], zone: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TZ", zone)
+    time.tzset()
+    try:
+        entry = {**ENTRY, "MESSAGE": message, **more}
+        assert events.shown(entry, colour=False).isprintable()
+        json.dumps(events.as_dict(entry), allow_nan=False)
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize(("text", "found"), [("[" * 60_000, {}), ('{"paused": {"until": NaN}}', {"paused": {"until": None}}), ("[]", {}), ("\x1b", {})])
+def test_what_a_control_socket_answers_is_an_object_or_nothing(text: str, found: dict[str, Any]) -> None:
+    assert control.decoded(text) == found
 
 
 def test_lines_that_are_no_entries_are_passed_over() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vllmd.config.paths import Paths
+from vllmd.config.values import finite_json
 from vllmd.errors import PermissionMissing, TryLater
 from vllmd.system.unixpath import opened
 
@@ -50,7 +51,7 @@ def ask(paths: Paths, name: str, method: str, path: str, body: dict[str, Any] | 
 def decoded(text: str) -> dict[str, Any]:
     """{} for what is no JSON object."""
     try:
-        document = json.loads(text)
-    except ValueError:
+        document = finite_json(text)
+    except (ValueError, RecursionError):
         return {}
     return document if isinstance(document, dict) else {}

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import IO, Any
 
 from vllmd.config.paths import Paths
+from vllmd.ctl import files
 from vllmd.ctl import unit as units
 from vllmd.ctl.cells import clean
 from vllmd.ctl.logs import journalctl
@@ -88,7 +89,7 @@ def as_dict(entry: Mapping[str, Any]) -> dict[str, Any]:
 
 def shown(entry: Mapping[str, Any], *, colour: bool) -> str:
     said = as_dict(entry)
-    at = datetime.fromisoformat(said["at"]).astimezone() if said["at"] else None
+    at = files.moment(said, "at")
     hint = said["fields"].get("hint", "")
     text = clean(f"{said['text']}{f' (hint: {hint})' if hint else ''}".replace("\n", " | "))
     words = f"{said['level']:<7} {clean(said['instance']) or '-'} {clean(said['event']) or '-'}: {text}"
