@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import select
+import signal
 import time
 from collections.abc import Iterable
 from dataclasses import replace
@@ -370,6 +372,21 @@ def test_each_finding_is_one_line_whatever_stands_in_it() -> None:
 
 
 # -- no look holds it up
+
+
+def test_no_look_outlives_who_waits_for_it() -> None:
+    reading, writing = os.pipe()
+    waiting = os.fork()
+    if not waiting:
+        Job(lambda: (os.write(writing, b"begun"), select.select([], [], [], 60)), 60.0).outcome()
+        os._exit(0)
+    os.close(writing)
+    assert os.read(reading, 5) == b"begun"
+    os.kill(waiting, signal.SIGKILL)
+    os.waitpid(waiting, 0)
+    assert select.select([reading], [], [], 10)[0], "the look had the other end"
+    assert os.read(reading, 1) == b""
+    os.close(reading)
 
 
 def test_a_look_that_hangs_is_left_at_its_deadline_and_costs_the_others_nothing() -> None:

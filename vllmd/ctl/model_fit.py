@@ -34,9 +34,9 @@ def notes(paths: Paths, name: str, text: str, instance_text: str, group: Group |
             asked = _asked(prepared, paths) if isinstance(prepared.engine, Sizing) else None
         except VllmdError:
             return []  # whoever writes the file says what is wrong with it
-        if asked is None:
-            return []
-        found = Job(lambda: _verdict(asked, group, os.environ), DEADLINE_S).outcome()
+    if asked is None:
+        return []
+    found = Job(lambda: _verdict(asked, group, os.environ), DEADLINE_S).outcome()
     if found.value is None:
         why = found.why if found.why.startswith("no answer") else "its headers cannot be read now"
         return [f"whether it will fit is not known ({why}): {paths.vllmctl} model plan {request.path or request.identity}"]

@@ -7,6 +7,7 @@ ending, and whoever waits for that. A child that is stuck is killed and left beh
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import select
@@ -21,6 +22,7 @@ from vllmd.errors import VllmdError
 T = TypeVar("T")
 _REAP_S = 0.3
 _CHUNK = 1 << 16
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,9 +40,10 @@ class Job(Generic[T]):
         self.timeout_s = timeout_s
         self._until = time.monotonic() + timeout_s
         self._fd, writing = os.pipe()
+        parent = os.getpid()
         self._pid = os.fork()
         if self._pid == 0:
-            _perform(look, writing)
+            _perform(look, writing, parent)
         os.close(writing)
 
     def outcome(self) -> Outcome[T]:
@@ -56,10 +59,14 @@ class Job(Generic[T]):
         return Outcome(value, why)
 
 
-def _perform(look: Callable[[], object], writing: int) -> None:
+def _perform(look: Callable[[], object], writing: int, parent: int) -> None:
     """In the child; never returns."""
     try:
         os.setsid()
+        # Ctrl-C ends whoever waits, and not this session: a look into a network that swallows everything went on for minutes.
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent:
+            return
         data = pickle.dumps(_looked(look))
         while data:
             data = data[os.write(writing, data) :]
