@@ -82,7 +82,7 @@ def test_flags_become_settings(words: str, settings: dict[str, Any]) -> None:
     ("words", "what"),
     [
         ("--port 9000", "is set by serve.port"), ("-tp 2", "follows from the GPUs"), ("--tensor_parallel_size=2", "follows from the GPUs"), ("--model a/b", "is set by model"),
-        ("word", "is no flag"), ("-x", "is no flag of vLLM"), ("--no-enforce-eager 1", "takes no value"), ("--x {bad", "is not JSON"), ("--api-key secret", "is set by serve.api_key"),
+        ("word", "is no flag"), ("-x", "is no flag of vLLM"), ("--", "is no flag of vLLM"), ("--=3", "is no flag of vLLM"), ("--no-", "is no flag of vLLM"), ("--\x1b[31m", "is no flag of vLLM"), ("--no-enforce-eager 1", "takes no value"), ("--x {bad", "is not JSON"), ("--api-key secret", "is set by serve.api_key"),
         ("--x " + "[" * 100_000, "is not JSON"),
     ],
 )  # fmt: skip

@@ -13,6 +13,7 @@ from vllmd.errors import UsageError
 
 _SETTINGS = {flag: name for flag, name in vllm_flags.TUNED.items() if name != "max_tokens"}
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]{0,17})")
+_FLAG = re.compile(r"--[A-Za-z0-9]([\w.-]*\w)?|-[A-Za-z0-9]+", re.ASCII)
 _SIZES = ("--tensor-parallel-size", "--pipeline-parallel-size", "--data-parallel-size")
 
 
@@ -64,7 +65,7 @@ def _canonical(flag: str) -> tuple[str, bool]:
         raise UsageError("flag_owned", f"{flag} follows from the GPUs", "--gpus N before the `--` says on how many; other divisions go into a drop-in of your own (serve.pipeline_parallel_size)")
     if owner:
         raise UsageError("flag_owned", f"{flag} is set by {owner}", f"write {owner} into the instance's file" if owner != "model" else "give the model before the `--`")
-    if not name.startswith("--"):
+    if not name.startswith("--") or not _FLAG.fullmatch(flag):
         raise UsageError("flag_unknown", f"{flag} is no flag of vLLM that is known here", "write its long name")
     dotted = flag.partition(".")[1] + flag.partition(".")[2]
     is_negative = flag.replace("_", "-").startswith("--no-") and flag.partition(".")[1] == ""
