@@ -118,7 +118,7 @@ with several levels takes the one that fits the case. In the foreground (`vllmd 
 ## How to ask
 
     vllmctl events qwen3                    what happened to it
-    vllmctl events -f --json                of all and of the GPUs, as it comes
+    vllmctl events -f --json                of all and of the GPUs, live
     journalctl -u vllmd@qwen3 -t vllmd -x   with explanations
     journalctl -u vllmd@qwen3 -t vllmd-engine
                                             the engine's own lines
