@@ -57,6 +57,12 @@ def test_a_check_whose_output_goes_nowhere_is_still_a_check(root: Path, verb: st
     assert shell(f"vllmd --root {root} check other >&- | true").returncode == 78
 
 
+@pytest.mark.parametrize("seconds", ["nan", "inf", "-1", "soon"])
+def test_a_timeout_that_is_none_is_refused(seconds: str) -> None:
+    done = shell(f"vllmctl start t --timeout={seconds}")
+    assert (done.returncode, "is no number of seconds" in done.stdout) == (64, True), done.stdout
+
+
 def test_an_output_that_cannot_be_written_is_said_in_two_lines(root: Path) -> None:
     done = shell(f"vllmd --root {root} check t >/dev/full")
     assert done.returncode == 74

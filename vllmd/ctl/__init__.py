@@ -133,11 +133,21 @@ def _add_events(verbs: argparse._SubParsersAction[Parser]) -> None:
     events.add_argument("--json", action="store_true", help="one JSON object a line, for programs")
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):  # nan is neither
+        raise argparse.ArgumentTypeError(f"{text!r:.40} is no number of seconds")
+    return seconds
+
+
 def _add_follow(verb: argparse.ArgumentParser) -> None:
     verb.epilog = "Exit status: 0 ready; else the status that the instance ended with (vllmd(8))."
     verb.add_argument("name", metavar="NAME")
     verb.add_argument("--no-wait", action="store_true", help="return at once")
-    verb.add_argument("--timeout", metavar="S", type=float, help="watch no longer than this; the start goes on")
+    verb.add_argument("--timeout", metavar="S", type=_seconds, help="watch no longer than this; the start goes on")
     verb.add_argument("--json", action="store_true", help="one JSON object at the end, for programs")
 
 
