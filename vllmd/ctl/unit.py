@@ -15,6 +15,7 @@ from vllmd.config.paths import Paths
 from vllmd.errors import PermissionMissing, TryLater, UsageError, VllmdError
 
 GPU_WATCH = "vllmd-gpu.service"
+TARGET = "vllmd.target"
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,47}")
 _PROPERTIES = (
     "LoadState,ActiveState,SubState,Result,ExecMainCode,ExecMainStatus,MainPID,NRestarts,StateChangeTimestamp,"

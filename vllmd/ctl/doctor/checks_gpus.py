@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from vllmd.ctl.doctor.facts import HostFacts, InstanceFacts
 from vllmd.ctl.doctor.finding import Finding, command, command_in
 from vllmd.ctl.gpu_facts import Host, Seen, todo
+from vllmd.ctl.unit import GPU_WATCH
 from vllmd.preflight.gates import Limits
 from vllmd.preflight.gpu import Findings, GpuRequest, judge
 
 _DIFFERS = re.compile(r"mismatch|code 18\b", re.IGNORECASE)
 _REBOOT = "systemctl reboot"
-_WATCH = "vllmd-gpu.service"
 
 
 def check(host: HostFacts, gpus: Host, vllmctl: str) -> Iterator[Finding]:
@@ -64,7 +64,7 @@ def _lift(seen: Seen, clear: str) -> str:
 
 def _reset(seen: Seen) -> str:
     """Nothing may use it, the watch included."""
-    using = command(*dict.fromkeys((*(each.unit for each in seen.holders if each.unit.startswith("vllmd@")), _WATCH)))
+    using = command(*dict.fromkeys((*(each.unit for each in seen.holders if each.unit.startswith("vllmd@")), GPU_WATCH)))
     return f"systemctl stop {using} && nvidia-smi --gpu-reset -i {seen.index} && systemctl start {using}"
 
 

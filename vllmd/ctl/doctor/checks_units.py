@@ -10,9 +10,8 @@ from vllmd.ctl.doctor.facts import HostFacts, SystemdFacts, UnitFacts
 from vllmd.ctl.doctor.finding import Finding, command
 from vllmd.ctl.doctor.rules import RULES, WRITTEN_AS, Rule
 from vllmd.ctl.files import Problem
+from vllmd.ctl.unit import GPU_WATCH, TARGET
 
-GPU = "vllmd-gpu.service"
-TARGET = "vllmd.target"
 _OVERRIDES = "/etc/systemd/system/vllmd@.service.d"
 _NEXT = "an instance that runs takes it at its next start"
 
@@ -67,11 +66,11 @@ def _dashed(key: str) -> str:
 
 def host_units(systemd: SystemdFacts, host: HostFacts) -> Iterator[Finding]:
     """The watch of the GPUs, and the target that starts instances at boot."""
-    gpu, target = systemd.units.get(GPU, UnitFacts()), systemd.units.get(TARGET, UnitFacts())
+    gpu, target = systemd.units.get(GPU_WATCH, UnitFacts()), systemd.units.get(TARGET, UnitFacts())
     has_driver = bool(host.hardware.nvidia_driver or host.hardware.amd_driver)
     if gpu["LoadState"] == "loaded" and has_driver and gpu["ActiveState"] not in ("active", "activating"):
-        mend = f"systemctl reset-failed {GPU}; systemctl enable --now {GPU}"
-        yield Finding("gpu-watch-down", GPU, f"is {gpu['ActiveState']}: no Xid of the kernel's log is heard", mend, severity="warning")
+        mend = f"systemctl reset-failed {GPU_WATCH}; systemctl enable --now {GPU_WATCH}"
+        yield Finding("gpu-watch-down", GPU_WATCH, f"is {gpu['ActiveState']}: no Xid of the kernel's log is heard", mend, severity="warning")
     enabled = [name for name in systemd.names if systemd.units.get(f"vllmd@{name}.service", UnitFacts())["UnitFileState"] == "enabled"]
     if enabled and target["LoadState"] == "loaded" and target["UnitFileState"] != "enabled":
         yield Finding("target-disabled", TARGET, f"is not enabled: {', '.join(enabled[:4])} will not start at boot", command("systemctl", "enable", TARGET))

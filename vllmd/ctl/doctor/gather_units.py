@@ -11,8 +11,6 @@ from vllmd.ctl import unit as units
 from vllmd.ctl.doctor.facts import Line, SystemdFacts, UnitFacts
 from vllmd.ctl.doctor.rules import RULES, WRITTEN_AS
 
-GPU = "vllmd-gpu.service"
-TARGET = "vllmd.target"
 COPIED = (
     "User", "Group", "SupplementaryGroups", "DevicePolicy", "DeviceAllow", "PrivateDevices", "ProtectSystem", "ProtectHome", "ReadWritePaths", "ReadOnlyPaths",
     "InaccessiblePaths", "TemporaryFileSystem", "PrivateTmp", "NoNewPrivileges", "PrivateNetwork", "ProtectControlGroups", "ProtectKernelTunables", "Delegate",
@@ -29,7 +27,7 @@ def look(paths: Paths, wanted: Sequence[str]) -> SystemdFacts:
     """Of these instances, or of every one that systemd knows. VllmdError where it does not answer."""
     scope = ("--user",) if paths.scope == "user" else ()
     names = tuple(wanted) or tuple(units.Systemd(paths.scope).names())
-    chosen = [*map(units.unit, names), *(() if scope else (GPU, TARGET))]
+    chosen = [*map(units.unit, names), *(() if scope else (units.GPU_WATCH, units.TARGET))]
     keys = dict.fromkeys((*_STATE, *COPIED, *(rule.key for rule in RULES)))
     shown = _call(*scope, "show", "-p", ",".join(keys), *chosen) if chosen else ""
     found = [_unit(block) for block in shown.split("\n\n") if block.strip()]
