@@ -33,6 +33,7 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
 
     from vllmd.config.redact import knower
     from vllmd.daemon import Daemon
+    from vllmd.engines.caches import trusted
     from vllmd.instance import record
     from vllmd.system import credentials
     from vllmd.system.journal import open_journal
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace, paths: Paths) -> int:
     journal.redact = knower(credentials.secrets(environ))  # also what is wrong with a configuration may quote one
     prefer_us()
     try:
-        prepared = configured.prepare(options.name, paths, environ, options.overrides)
+        prepared = configured.prepare(options.name, trusted(paths), environ, options.overrides)
         return asyncio.run(Daemon(prepared, notifier, journal).run())
     except VllmdError as error:
         failure, more = record.failure_of(error), error.more
@@ -156,11 +157,12 @@ def resolve(options: argparse.Namespace, paths: Paths) -> int:
 
 def serve(options: argparse.Namespace, paths: Paths) -> int:
     from vllmd import stages
+    from vllmd.engines.caches import trusted
     from vllmd.engines.protocol import Access
     from vllmd.engines.serve_command import serve_instance
     from vllmd.models import resolve as resolver
 
-    prepared = configured.prepare(options.name, paths, _environ(), options.overrides)
+    prepared = configured.prepare(options.name, trusted(paths), _environ(), options.overrides)
     where = stages.context(prepared)
     stages.plan(prepared, where)
     with _said(options.name) as say:

@@ -56,7 +56,7 @@ def settled(host: Host) -> Iterator[Host]:
     host.shell(
         "systemctl disable --quiet --now llm.service ollama.service vllmd@qwen vllmd@qwen3 2>/dev/null || :; systemctl reset-failed || :; userdel llm 2>/dev/null || :"
         "; rm -rf /opt/vllm /usr/local/bin/vllm /usr/local/bin/curl /srv/* /root/.cache/huggingface /etc/credstore/vllmd.* /etc/systemd/system/llm.service"
-        " /etc/systemd/system/ollama.service /etc/vllmd/qwen* /etc/vllmd/.generations/qwen* /var/lib/vllmd/models/hub /var/lib/vllmd/instances/qwen* /var/lib/vllmd/public/qwen*"
+        " /root/.cache/vllmd /etc/systemd/system/ollama.service /etc/vllmd/qwen* /etc/vllmd/.generations/qwen* /var/lib/vllmd/models/hub /var/lib/vllmd/instances/qwen* /var/lib/vllmd/public/qwen*"
         "; systemctl daemon-reload"
     )
 
@@ -91,6 +91,7 @@ def test_from_the_flox_chain(settled: Host, model: Path) -> None:
     [chain], [origin] = blocks(guide, "chain"), blocks(guide, "origin")
     exports = "".join(line + "\n" for line in chain.splitlines() if line.startswith("export"))
     followed(host, [chain])
+    assert host.run("find", "/var/cache/vllmd", "-user", "root").out == "", "the chain runs as root, and the service must be able to write there later"
     listed = followed(host, [exports + origin])
     for key in ("model.id", "model.dir", "serve.port", "serve.served_model_name", "serve.max_model_len"):
         assert f"\n{key} " in listed, "the keys that the guide's file then has"

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.json_docs import differences
+from tests.needs import need
 from tests.unit.engine_contexts import context
 from vllmd.config.paths import Paths, root_paths
 from vllmd.ctl import cache as ctl_cache
@@ -162,6 +163,33 @@ def test_what_an_instance_uses_is_never_cleared(paths: Paths, tmp_path: Path) ->
     release()
     assert run(paths, "clear", place.name) == 0
     assert list(place.parent.iterdir()) == []
+
+
+def test_what_another_user_left_in_a_cache_stays_and_keeps_no_other(paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """root ran the engine by hand once, in the service's cache: then no clearing of any cache came to its end."""
+    need(os.geteuid() == 0, "root, which acts as the owner of the cache")
+    first, last = begun(tmp_path, "vllm-1-cpu"), begun(tmp_path, "vllm-2-cpu")
+    for above in (tmp_path, *tmp_path.parents):
+        if above != Path("/") and not above.stat().st_mode & 1:
+            above.chmod(0o711)
+    for path in (tmp_path / "cache", first.parent, last, *last.rglob("*")):
+        os.chown(path, 65534, 65534)
+    assert run(paths, "clear", "--all") == 0
+    assert not last.exists()
+    [aside] = first.parent.iterdir()
+    assert f"rm -r {aside}" in capsys.readouterr().err
+    assert os.geteuid() == 0
+
+
+def test_root_executes_nothing_out_of_a_cache_that_another_account_can_fill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    need(os.geteuid() == 0, "root")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    theirs = root_paths(tmp_path / "theirs")
+    assert caches.trusted(theirs) == theirs
+    theirs.cache.mkdir(parents=True)
+    os.chown(theirs.cache, 65534, 65534)
+    assert caches.trusted(theirs) == replace(theirs, cache=tmp_path / "home/.cache/vllmd")
 
 
 def test_unused_are_those_of_engines_that_are_gone_and_what_was_broken(paths: Paths, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import secrets
+import shlex
 import shutil
 import sys
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from vllmd.errors import TryLater, UsageError
 from vllmd.models.amounts import size
 from vllmd.system.hardware import of_this_host
 from vllmd.system.lockfile import is_locked
+from vllmd.system.owner import as_owner
 from vllmd.system.sharedlock import claim
 
 _CLEARING = ".clearing-"
@@ -45,35 +44,12 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str], paths: Paths) -> int:
     """Returns 0; raises VllmdError."""
     arguments = parser().parse_args(argv)
-    with _as_owner(paths.cache), choice.explained(f"look at {caches.folder(paths)}"):
+    with as_owner(paths.cache), choice.explained(f"look at {caches.folder(paths)}"):
         if arguments.verb == "list":
             return _list(paths, as_json=arguments.json)
         if arguments.name is not None:
             return _clear_one(paths, arguments.name)
         return _clear(paths, unused_only=arguments.unused)
-
-
-@contextlib.contextmanager
-def _as_owner(cache: Path) -> Iterator[None]:
-    """root works here as the directory's owner: who owns it can lay links into the way, and lead root's removals elsewhere."""
-    try:
-        status = cache.stat()
-    except OSError:
-        yield
-        return
-    if os.geteuid() != 0 or status.st_uid == 0:
-        yield
-        return
-    groups = os.getgroups()
-    os.setgroups([])
-    os.setegid(status.st_gid)
-    os.seteuid(status.st_uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-        os.setgroups(groups)
 
 
 def _list(paths: Paths, *, as_json: bool) -> int:
@@ -154,8 +130,7 @@ def _clear_one(paths: Paths, name: str) -> int:
 def _clear(paths: Paths, *, unused_only: bool) -> int:
     folder, freed = caches.folder(paths), 0
     for leftover in folder.glob(f"{_CLEARING}*"):
-        freed += caches.disk_bytes(leftover)
-        shutil.rmtree(leftover)
+        freed += _wiped(leftover)
     for each in caches.listed(folder):
         why = _why_unused(paths, each)
         if not unused_only or why:
@@ -166,8 +141,7 @@ def _clear(paths: Paths, *, unused_only: bool) -> int:
                 _say(f"{each.name} is in use, and kept")
             continue
         for broken in _aside(each):
-            freed += caches.disk_bytes(broken)
-            shutil.rmtree(broken)
+            freed += _wiped(broken)
             _say(f"{each.name}: {broken.name} is cleared, which had been moved aside as broken")
     _say(f"{size(freed)} freed" if freed else "nothing to clear")
     return 0
@@ -183,8 +157,19 @@ def _remove(directory: Path) -> bool:
         directory.rename(aside)
     finally:
         release()
-    shutil.rmtree(aside)
+    _wiped(aside)
     return True
+
+
+def _wiped(directory: Path) -> int:
+    """How many bytes went. What another user put into a cache may be left: the others are cleared all the same. OSError."""
+    found = caches.disk_bytes(directory)
+    try:
+        shutil.rmtree(directory)
+    except PermissionError:
+        found -= caches.disk_bytes(directory)
+        _say(f"{directory} holds files that are not the owner's of the cache, and stays: rm -r {shlex.quote(str(directory))}")
+    return found
 
 
 def _say(line: str) -> None:

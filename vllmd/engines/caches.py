@@ -15,15 +15,16 @@ import os
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from vllmd.config.paths import Paths
+from vllmd.config.paths import Paths, user_paths
 from vllmd.core.plan import Installed
 from vllmd.engines.protocol import Context
 from vllmd.system.files import read_small, write_atomic
 from vllmd.system.hardware import Hardware, of_this_host
+from vllmd.system.owner import controller
 
 FOLDER = "compiled"
 NOTE = "vllmd-cache.json"
@@ -44,6 +45,14 @@ class Note:
 
 def folder(paths: Paths) -> Path:
     return paths.cache / FOLDER
+
+
+def trusted(paths: Paths) -> Paths:
+    """What a cache holds is executed. root therefore takes none that another account could have filled, as /var/cache/vllmd of the
+    service's, but its own; the service's would also be full of files of root's afterwards, which it cannot replace."""
+    if os.geteuid() == 0 and controller(paths.cache) != 0:
+        return replace(paths, cache=user_paths().cache)
+    return paths
 
 
 def place(context: Context, hardware: Hardware | None = None) -> Path:

@@ -20,7 +20,7 @@ from vllmd.config.paths import SYSTEM, Paths, user_paths
 from vllmd.config.settings import Config
 from vllmd.config.values import shown
 from vllmd.core.plan import Command
-from vllmd.engines import environment, given_keys, record, registry
+from vllmd.engines import caches, environment, given_keys, record, registry
 from vllmd.engines.execute import execute
 from vllmd.engines.protocol import Context, Engine, Holding, Preparing
 from vllmd.engines.vllm_check import pass_through
@@ -160,7 +160,7 @@ def _context(environ: Mapping[str, str], paths: Paths) -> Context:
     config = layers.load(paths, None, environ, {}, lambda name: registry.get(name).tuning, read_files=False).config
     config = _as_today(config)
     environ = {name: value for name, value in environ.items() if name != "CREDENTIALS_DIRECTORY"}
-    return Context(config, paths, "vllm-serve", engine.installed(config, paths, environ), environ)
+    return Context(config, caches.trusted(paths), "vllm-serve", engine.installed(config, paths, environ), environ)
 
 
 def _as_today(config: Config) -> Config:
