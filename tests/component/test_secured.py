@@ -101,3 +101,48 @@ def test_a_stranger_is_refused_and_the_other_side_told(tmp_path: Path) -> None:
         with pytest.raises(SourceUnavailable, match="not trusted"):
             other.do_handshake()
     assert said == ["TLSV1_ALERT_UNKNOWN_CA"]
+
+
+def test_half_a_record_is_nothing_to_take_yet_and_what_found_no_room_is(tmp_path: Path) -> None:
+    """Else a thread would ask again and again, with the turn that others wait for."""
+    certificate(tmp_path)
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    theirs.load_cert_chain(tmp_path / "cert.pem", tmp_path / "key.pem")
+    theirs.num_tickets = 0
+    came, goes = ssl.MemoryBIO(), ssl.MemoryBIO()
+    server = theirs.wrap_bio(came, goes, server_side=True)
+    near, far = socket.socketpair()
+
+    def shake() -> None:
+        while True:
+            try:
+                server.do_handshake()
+                return
+            except ssl.SSLWantReadError:
+                far.sendall(goes.read())
+                came.write(far.recv(1 << 16))
+
+    with near, far:  # ours without a timeout, as connections are: Python would wait for it whatever the flags say
+        far.settimeout(20)
+        thread = threading.Thread(target=shake)
+        thread.start()
+        secured = Secured(near, ssl.create_default_context(cafile=str(tmp_path / "ca.pem")), "127.0.0.1")
+        secured.do_handshake()
+        thread.join()
+        buffer = memoryview(bytearray(1000))
+        assert not secured.wait(0.01)
+        server.write(b"x" * 1000)
+        record = goes.read()
+        far.sendall(record[:500])
+        assert secured.wait(20)
+        assert secured.recv_now(buffer) is None
+        assert not secured.wait(0.01)
+        far.sendall(record[500:])
+        assert secured.wait(20)
+        assert secured.recv_now(buffer[:400]) == 400
+        assert secured.wait(0)
+        assert secured.recv_now(buffer) == 600
+        assert not secured.wait(0.01)
+        far.close()
+        assert secured.wait(20)
+        assert secured.recv_now(buffer) == 0

@@ -57,8 +57,9 @@ class Connection:
         self._window_bytes = 0
 
     @property
-    def is_encrypted(self) -> bool:
-        return self._secured is not None
+    def secured(self) -> Secured | None:
+        """What decrypts its bytes; None where they are plain."""
+        return self._secured
 
     @property
     def wire(self) -> socket.socket | Secured:

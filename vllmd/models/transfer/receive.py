@@ -6,6 +6,7 @@ against 2.5 s by recv and write). Encrypted, or on a file system without splice:
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -13,6 +14,7 @@ import time
 from collections.abc import Callable
 
 from vllmd.models.transfer.connection import Connection
+from vllmd.models.transfer.secured import Secured
 from vllmd.system.files import storage_error
 
 CHUNK_BYTES = 1 << 20
@@ -50,8 +52,9 @@ class Receiver:
             moved(position)
         with source.patience(LATE_S):
             while position < end:
-                # A short body is not worth a pipe, nor is what is encrypted.
-                if source.is_encrypted or not self._splices or end - position < CHUNK_BYTES // 8:
+                if source.secured is not None:
+                    position = self._decrypted(source, source.secured, fd, position, end, name, moved)
+                elif not self._splices or end - position < CHUNK_BYTES // 8:  # a short body is not worth a pipe
                     position = self._buffered(source, fd, position, end, name, moved)
                 else:
                     position = self._spliced(source, fd, position, end, name, moved)
@@ -75,35 +78,46 @@ class Receiver:
             count -= got
 
     def _buffered(self, source: Connection, fd: int, position: int, end: int, name: str, moved: Callable[[int], None]) -> int:
-        buffer = self.buffer
-        wanted = min(end - position, CHUNK_BYTES)
-        filled = 0
-        began = now = time.monotonic()
-        try:
-            with source.waiting():
-                # TLS gives at most what came at once: one write for several, but none late
-                while filled < wanted and (not filled or now - began < LATE_S):
-                    try:
-                        count = source.wire.recv_into(buffer[filled:wanted])
-                    except BlockingIOError:  # a source that stands still keeps back nothing of what came
-                        if filled:
-                            break
-                        continue
-                    if not count:
-                        break
-                    filled += count
-                    now = time.monotonic()
-                    source.waits_since(now)
-                    if not source.is_encrypted:
-                        break
-        finally:
-            write_all(fd, buffer[:filled], position, name)
-            if filled:
-                moved(position + filled)
-        if not filled:
+        """What comes next."""
+        began, count = time.monotonic(), -1
+        with source.waiting():
+            while count < 0:
+                with contextlib.suppress(BlockingIOError):
+                    count = source.plain.recv_into(self.buffer[: end - position])
+        if not count:
             raise _early(end - position)
-        source.moved(filled, now - began)
-        return position + filled
+        write_all(fd, self.buffer[:count], position, name)
+        moved(position + count)
+        source.moved(count, time.monotonic() - began)
+        return position + count
+
+    def _decrypted(self, source: Connection, wire: Secured, fd: int, begin: int, end: int, name: str, moved: Callable[[int], None]) -> int:
+        """Up to the end, or to where it is told of."""
+        position, waited_s = begin, 0.0
+        started = now = time.monotonic()
+        is_over = False
+        try:
+            while position < end and position - begin < TOLD_BYTES and now - started < LATE_S and not is_over:
+                with source.waiting():  # a source that stands still keeps back nothing of what came
+                    if not wire.wait(LATE_S if position > begin else None):
+                        break
+                waited_s += time.monotonic() - now
+                with wire.turn:
+                    while position < end and position - begin < TOLD_BYTES:
+                        count = wire.recv_now(self.buffer[: end - position])
+                        if not count:
+                            is_over = count == 0
+                            break
+                        write_all(fd, self.buffer[:count], position, name)
+                        position += count
+                now = time.monotonic()
+        finally:
+            if position > begin:
+                moved(position)
+        if is_over and position == begin:
+            raise _early(end - position)
+        source.moved(position - begin, waited_s)
+        return position
 
     def _spliced(self, source: Connection, fd: int, begin: int, end: int, name: str, moved: Callable[[int], None]) -> int:
         """Up to the end, or to where it is told of."""

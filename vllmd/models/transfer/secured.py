@@ -1,14 +1,16 @@
 """TLS over a socket that is read in large pieces.
 
 An SSLSocket asks the kernel twice for each record of 16 KiB, and wakes its thread for each. Here what has come is taken at once, and its
-records are decrypted one after the other, by no more threads at a time than there are processors: each record gives
-the interpreter's lock away and wants it back, and eight threads that do so spend more on the lock than on the records.
+records are decrypted one after the other. No more threads do so at a time than there are processors, each until nothing more is there or
+some MiB are in the file (`turn`): each record gives the interpreter's lock away and wants it back, and eight threads that do so
+spend more on the lock, and on memory that is cold again, than on the records.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import select
 import socket
 import ssl
 import threading
@@ -17,7 +19,7 @@ from vllmd.models.transfer import tls
 
 READ_BYTES = 512 << 10
 _TURNS = itertools.cycle([threading.Lock() for _ in range(os.cpu_count() or 1)])
-"""One is held while records are decrypted. Plain locks, shared out once: a semaphore of Python's cost a tenth of the CPU."""
+"""Plain locks, shared out once: a semaphore of Python's cost a tenth of the CPU."""
 
 
 class Secured:
@@ -28,7 +30,12 @@ class Secured:
         self._host = host
         self._came, self._goes = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._tls = secure.wrap_bio(self._came, self._goes, server_hostname=host)
-        self._turn = next(_TURNS)
+        self._poll = select.poll()
+        self._poll.register(plain, select.POLLIN)
+        self._is_empty = True
+        """No whole record has come that was not taken."""
+        self.turn = next(_TURNS)
+        """To be held from the first of what is there to its last."""
         self._buffer = memoryview(bytearray(READ_BYTES))
 
     @property
@@ -62,28 +69,43 @@ class Secured:
     def recv_into(self, buffer: memoryview) -> int:
         """Waits for the first byte, and takes all that came with it, as far as there is room. 0 at the end."""
         while (count := self._decrypted(buffer)) is None:
-            self._send()  # where new keys were asked for
             self._fill()
+        return count
+
+    def wait(self, limit_s: float | None) -> bool:
+        """Until there is something to take, or the end; False when that takes longer."""
+        if not self._is_empty:
+            return True
+        return bool(self._poll.poll(None if limit_s is None else limit_s * 1000))
+
+    def recv_now(self, buffer: memoryview) -> int | None:
+        """What is there, as far as there is room; None where that is nothing. 0 at the end."""
+        try:
+            while (count := self._decrypted(buffer)) is None:
+                self._fill(socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return None
         return count
 
     def _decrypted(self, buffer: memoryview) -> int | None:
         """None where more must come first."""
-        count = 0
-        with self._turn:
-            try:
-                while count < len(buffer):
-                    got = int(self._tls.read(len(buffer) - count, buffer[count:]))
-                    if not got:
-                        break
-                    count += got
-            except ssl.SSLWantReadError:
-                return count or None
-            except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
-                pass  # the next call finds the end again
+        count, self._is_empty = 0, False
+        try:
+            while count < len(buffer):
+                got = int(self._tls.read(len(buffer) - count, buffer[count:]))
+                if not got:
+                    break
+                count += got
+        except ssl.SSLWantReadError:
+            self._is_empty = True
+            self._send()  # where new keys were asked for
+            return count or None
+        except (ssl.SSLZeroReturnError, ssl.SSLEOFError):
+            pass  # the next call finds the end again
         return count
 
-    def _fill(self) -> None:
-        count = self._plain.recv_into(self._buffer)
+    def _fill(self, flags: int = 0) -> None:
+        count = self._plain.recv_into(self._buffer, 0, flags)
         if count:
             self._came.write(self._buffer[:count])
         else:
